@@ -1,0 +1,15 @@
+// Every loop body, and the table of them for the instruction set of the including file.
+#include "dispatch.h"
+#include "nearest_pack.h"
+#include "nearest_score.h"
+
+namespace vqfast::VQFAST_ISA {
+
+extern const Kernels table;
+const Kernels table = {
+#define VQFAST_STRING_(x) #x
+#define VQFAST_STRING(x) VQFAST_STRING_(x)
+    VQFAST_STRING(VQFAST_ISA), kLanes, kTileRows, kPanelCodes, pack, score, score_all,
+};
+
+}  // namespace vqfast::VQFAST_ISA

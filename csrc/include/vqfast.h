@@ -1,0 +1,69 @@
+/* The C interface of vqfast's compiled kernels: one launcher per op and device.
+ *
+ * Launchers take raw pointers and sizes, allocate nothing that the caller sees, and return VQFAST_OK or an error code.
+ * A `rows` argument is a view (batch, rows, D) of vectors, its strides counted in elements; a flat array of N vectors
+ * has batch 1. Every other array is contiguous. Empty inputs are allowed everywhere.
+ *
+ * CUDA launchers have the same arguments, then the device index and the stream (cudaStream_t); scratch memory comes
+ * from the caller, of the size that the matching ..._scratch_bytes function gives. They set the device and restore it.
+ */
+#ifndef VQFAST_H
+#define VQFAST_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { VQFAST_OK = 0, VQFAST_BAD_DTYPE = 1, VQFAST_OUT_OF_MEMORY = 2, VQFAST_CUDA_ERROR = 1000 /* + cudaError_t */ };
+
+typedef enum { VQFAST_F32 = 0, VQFAST_F64 = 1, VQFAST_BF16 = 2, VQFAST_F16 = 3 } vqfast_dtype;
+
+typedef struct {
+  const void *data;
+  int64_t batch, rows;
+  int64_t stride_batch, stride_row, stride_feature;
+} vqfast_rows;
+
+/* nearest: indices[n] = argmin_k ||x_n - codebook_k||^2, ties to the lowest index. codebook (K, D), both of `dtype`.
+ * reranked, if not null, receives how many rows were decided in float64. */
+int vqfast_cpu_nearest(vqfast_dtype dtype, vqfast_rows x, int64_t D, const void *codebook, int64_t K,
+                       int64_t *indices, int64_t *reranked);
+
+/* lookup: quantized (N, D) of `dtype`, error (N) float32 (float64 for F64), counts (K). indices[n] in -1..K-1. */
+int vqfast_cpu_lookup(vqfast_dtype dtype, vqfast_rows x, int64_t D, const void *codebook, int64_t K,
+                      const int64_t *indices, void *quantized, void *error, int64_t *counts);
+
+/* lookup_backward: grad_x (N, D) of `dtype` = grad_quantized + 2 grad_error (x - codebook[indices]); 0 where -1. */
+int vqfast_cpu_lookup_backward(vqfast_dtype dtype, vqfast_rows grad_quantized, const void *grad_error, vqfast_rows x,
+                               int64_t D, const void *codebook, int64_t K, const int64_t *indices, void *grad_x);
+
+/* codebook_stats: counts (K) and sums (K, D), float32 (float64 for F64). weights (N) float32 (float64 for F64) or null. */
+int vqfast_cpu_codebook_stats(vqfast_dtype dtype, vqfast_rows x, int64_t D, const int64_t *indices,
+                              const void *weights, int64_t K, void *counts, void *sums);
+
+/* Diffusion. x0, x_t, known, x_s (B, L); t, s (B); alpha_bar (T + 1) float64; key[2]; all integers int64. */
+int vqfast_cpu_uniform_q_sample(const int64_t *x0, const int64_t *t, const double *alpha_bar, int64_t T, int64_t B,
+                                int64_t L, int64_t K, const int64_t *key, int64_t *x_t);
+
+/* logits (B, L, K) contiguous of `dtype`; loss (B, L) float32 (float64 for F64); grad like logits, or null; scale (B)
+ * float64 multiplies the gradient only. */
+int vqfast_cpu_uniform_diffusion_loss(vqfast_dtype dtype, const void *logits, const int64_t *x0, const int64_t *x_t,
+                                      const int64_t *t, const int64_t *s, const double *alpha_bar, int64_t T,
+                                      int64_t B, int64_t L, int64_t K, const double *scale, double aux_weight,
+                                      void *loss, void *grad);
+
+/* rows (R, K) of `dtype` *= scale[r * stride]; float32 scale (float64 for F64); rows whose scale is 1 are not touched. */
+int vqfast_cpu_scale_rows(vqfast_dtype dtype, void *rows, int64_t R, int64_t K, const void *scale, int64_t stride);
+
+/* known (B, L) or null. */
+int vqfast_cpu_uniform_p_sample(vqfast_dtype dtype, const void *logits, const int64_t *x_t, const int64_t *t,
+                                const int64_t *s, const double *alpha_bar, int64_t T, int64_t B, int64_t L, int64_t K,
+                                const int64_t *known, double temperature, const int64_t *key, int64_t *x_s);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

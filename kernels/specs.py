@@ -1,0 +1,11 @@
+"""All ops, for the tests and the benchmarks."""
+
+from vqfast.kernels.codebook_stats.spec import SPEC as CODEBOOK_STATS
+from vqfast.kernels.diffusion_loss.spec import SPEC as DIFFUSION_LOSS
+from vqfast.kernels.lookup.spec import BACKWARD_SPEC as LOOKUP_BACKWARD
+from vqfast.kernels.lookup.spec import SPEC as LOOKUP
+from vqfast.kernels.nearest.spec import SPEC as NEAREST
+from vqfast.kernels.p_sample.spec import SPEC as P_SAMPLE
+from vqfast.kernels.q_sample.spec import SPEC as Q_SAMPLE
+
+SPECS = (NEAREST, LOOKUP, LOOKUP_BACKWARD, CODEBOOK_STATS, Q_SAMPLE, DIFFUSION_LOSS, P_SAMPLE)

@@ -1,0 +1,40 @@
+"""How a tensor of vectors is shown to compiled code: dtype codes and a (batch, rows, features) view of its memory."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# vqfast_dtype of csrc/include/vqfast.h.
+DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+class Rows(NamedTuple):
+    """`view` is (address, batch, rows, stride of batch, of row, of feature), strides in elements; `tensor` owns it."""
+
+    tensor: Tensor
+    view: tuple[int, int, int, int, int, int]
+
+
+def as_rows(x: Tensor) -> Rows:
+    """A (..., D) tensor as (batch, rows, D), read in place where its leading dimensions merge into at most two.
+
+    Channel-first feature maps do: (B, D, H, W) permuted to (B, H, W, D) has rows of stride 1 and features of stride
+    H * W. Anything else is copied.
+    """
+    if x.is_contiguous():
+        D = x.shape[-1]
+        return Rows(x, (x.data_ptr(), 1, x.numel() // max(D, 1), 0, D, 1))
+    # Merge neighbouring leading dimensions where the outer one's stride is that of the inner one times its size.
+    merged: list[list[int]] = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == stride * size:
+            merged[-1] = [merged[-1][0] * size, stride]
+        else:
+            merged.append([size, stride])
+    if len(merged) > 2:
+        return as_rows(x.contiguous())
+    (batch, stride_batch), (rows, stride_row) = ([[1, 0]] * (2 - len(merged)) + merged)[:2]
+    return Rows(x, (x.data_ptr(), batch, rows, stride_batch, stride_row, x.stride(-1)))

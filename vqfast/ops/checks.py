@@ -1,0 +1,125 @@
+"""Checks of arguments: shapes, dtypes and devices where a public function is called, values where a kernel runs.
+
+Values (an index in range, t within 0..T) are looked at inside the op, on CPU tensors only: there they cost no device
+sync, and a traced graph keeps no data-dependent branch. On CUDA, set VQFAST_CHECK=1 to pay for the sync and get the
+same errors; without it a kernel clamps what it reads by and never leaves its buffers.
+"""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def check_float(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a float64, float32, bfloat16 or float16 tensor, got {describe(value)}")
+
+
+def check_int64(name: str, value: Any, shape: tuple[int, ...], layout: str) -> None:
+    """`layout` names the expected dimensions, as in "(B, L)"."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        raise TypeError(f"{name}: expected an int64 tensor of shape {layout}, got {describe(value)}")
+    if value.shape != shape:
+        raise ValueError(f"{name}: expected shape {layout} = {tuple(shape)}, got {describe(value)}")
+
+
+def check_device(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
+    for name, other in others.items():
+        if other is not None and other.device != reference.device:
+            raise ValueError(
+                f"{name}: expected the device of {reference_name}, {reference.device}, got {describe(other)}"
+            )
+
+
+def check_codebook(x: Any, codebook: Any) -> None:
+    """x: (..., D) and codebook: (K, D), the same float dtype and device, K >= 1."""
+    check_float("x", x)
+    check_float("codebook", codebook)
+    if x.ndim < 1:
+        raise ValueError(f"x: expected at least one dimension (..., D), got {describe(x)}")
+    if codebook.ndim != 2:
+        raise ValueError(f"codebook: expected two dimensions (K, D), got {describe(codebook)}")
+    if x.shape[-1] != codebook.shape[-1]:
+        raise ValueError(
+            f"codebook: expected D = {x.shape[-1]} as in x {tuple(x.shape)}, got {describe(codebook)}"
+        )
+    if codebook.shape[0] == 0 or codebook.shape[1] == 0:
+        raise ValueError(f"codebook: expected at least one code and one dimension, got {describe(codebook)}")
+    if x.dtype != codebook.dtype:
+        raise TypeError(f"codebook: expected the dtype of x, {x.dtype}, got {describe(codebook)}")
+    check_device("x", x, codebook=codebook)
+
+
+def _check_range(name: str, value: Tensor, low: int, high: int, meaning: str) -> None:
+    if value.numel() == 0:
+        return
+    smallest, largest = (int(v) for v in torch.aminmax(value))
+    if smallest < low or largest > high:
+        raise ValueError(
+            f"{name}: expected values in {low}..{high} ({meaning}), got {smallest}..{largest}"
+        )
+
+
+def _indices(indices: Tensor, codebook_size: int) -> None:
+    _check_range("indices", indices, -1, codebook_size - 1, f"K = {codebook_size}; -1 is masked")
+
+
+def _levels(t: Tensor, s: Tensor, alpha_bar: Tensor) -> None:
+    T = alpha_bar.shape[0] - 1
+    _check_range("t", t, 1, T, f"T = {T}")
+    _check_range("s", s, 0, T - 1, f"T = {T}, s < t")
+    if bool((s >= t).any()):
+        raise ValueError(f"s: expected s < t in every sample, got s = {s.tolist()}, t = {t.tolist()}")
+
+
+def _codes(name: str, codes: Tensor, codebook_size: int) -> None:
+    _check_range(name, codes, 0, codebook_size - 1, f"K = {codebook_size}")
+
+
+def _known(known: Tensor | None, codebook_size: int) -> None:
+    if known is not None:
+        _check_range("known", known, -1, codebook_size - 1, f"K = {codebook_size}; -1 is unknown")
+
+
+def _q_sample(x0: Tensor, t: Tensor, alpha_bar: Tensor, codebook_size: int, key: Tensor) -> None:
+    T = alpha_bar.shape[0] - 1
+    _check_range("t", t, 0, T, f"T = {T}; 0 is data")
+    _codes("x0", x0, codebook_size)
+
+
+def _diffusion_loss(logits, x0, x_t, t, s, alpha_bar, scale, aux_weight, with_grad) -> None:
+    _levels(t, s, alpha_bar)
+    _codes("x0", x0, logits.shape[-1])
+    _codes("x_t", x_t, logits.shape[-1])
+
+
+def _p_sample(logits, x_t, t, s, alpha_bar, known, temperature, key) -> None:
+    _levels(t, s, alpha_bar)
+    _codes("x_t", x_t, logits.shape[-1])
+    _known(known, logits.shape[-1])
+
+
+_VALUE_CHECKS = {
+    "lookup": lambda x, codebook, indices: _indices(indices, codebook.shape[0]),
+    "codebook_stats": lambda x, indices, weights, codebook_size: _indices(indices, codebook_size),
+    "uniform_q_sample": _q_sample,
+    "uniform_diffusion_loss": _diffusion_loss,
+    "uniform_p_sample": _p_sample,
+}
+
+
+def check_values(op: str, args: tuple) -> None:
+    """Raise ValueError where a value (not a shape) of an op's arguments is out of range."""
+    check = _VALUE_CHECKS.get(op)
+    if check is not None and (args[0].device.type == "cpu" or os.environ.get("VQFAST_CHECK") == "1"):
+        check(*args)

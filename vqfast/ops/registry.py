@@ -1,0 +1,105 @@
+"""Which backend runs an op: what is available, who supports what, in which order, and how to choose by name.
+
+A backend is a module of `vqfast.ops.backends` with
+    NAME, PRIORITY (higher is tried first), DEVICES (device types whose tensors it takes),
+    unavailable(device_type) -> None, or why it cannot run on that kind of device,
+    KERNELS: op name -> function with the op's arguments,
+    unsupported(op, args) -> None, or why it cannot take these arguments.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from vqfast.ops import schema
+from vqfast.ops.backends import cpu, cuda, reference, triton
+from vqfast.ops.checks import check_values
+
+BACKENDS: dict[str, ModuleType] = {
+    b.NAME: b for b in sorted((cuda, triton, cpu, reference), key=lambda b: -b.PRIORITY)
+}
+
+# Process-wide rather than per thread: autograd runs the backward of CUDA ops in threads of its own.
+_forced: str | None = None
+
+
+@cache
+def status(device_type: str) -> dict[str, str | None]:
+    """Backend name -> None where it can run on this kind of device, else the reason why not."""
+    return {
+        name: (
+            b.unavailable(device_type)
+            if device_type in b.DEVICES
+            else f"takes {' and '.join(b.DEVICES)} tensors only"
+        )
+        for name, b in BACKENDS.items()
+    }
+
+
+def _listing(device_type: str) -> str:
+    states = status(device_type)
+    there = ", ".join(name for name, reason in states.items() if reason is None)
+    missing = "; ".join(f"{name}: {reason}" for name, reason in states.items() if reason is not None)
+    return f"available for {device_type} tensors: {there} (not {missing})" if missing else f"available: {there}"
+
+
+def _require(name: str, device_type: str) -> ModuleType:
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r} does not exist; {_listing(device_type)}")
+    reason = status(device_type)[name]
+    if reason is not None:
+        raise ValueError(f"backend {name!r} cannot run here: {reason}; {_listing(device_type)}")
+    return BACKENDS[name]
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every vqfast op inside the block on the backend `name`, in all threads.
+
+    Raises:
+        ValueError: no such backend, or no kind of device on which it can run.
+    """
+    global _forced
+    devices = BACKENDS[name].DEVICES if name in BACKENDS else ("cpu",)
+    if not any(name in BACKENDS and status(d)[name] is None for d in devices):
+        _require(name, devices[0])
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def select(op: str, device_type: str, args: tuple) -> Callable[..., Any]:
+    """The kernel that would run `op` on these arguments.
+
+    Raises:
+        ValueError: the backend asked for by name cannot take them.
+    """
+    name = _forced or os.environ.get("VQFAST_BACKEND")
+    if name:
+        chosen = _require(name, device_type)
+        reason = chosen.unsupported(op, args)
+        if reason is not None:
+            raise ValueError(f"backend {name!r} cannot run {op} on these arguments: {reason}")
+        return chosen.KERNELS[op]
+    for name, reason in status(device_type).items():
+        if reason is None and BACKENDS[name].unsupported(op, args) is None:
+            return BACKENDS[name].KERNELS[op]
+    raise ValueError(f"no backend runs {op} on {device_type} tensors; {_listing(device_type)}")
+
+
+def _dispatcher(op: str, device_type: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        check_values(op, args)
+        return select(op, device_type, args)(*args)
+
+    return run
+
+
+for _op in schema.OPS:
+    schema.LIBRARY.impl(_op, _dispatcher(_op, "cpu"), "CPU")
+    schema.LIBRARY.impl(_op, _dispatcher(_op, "cuda"), "CUDA")

@@ -1,0 +1,109 @@
+"""Every operator's schema and its fake kernel (shapes and dtypes for tracing)."""
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("vqfast", "DEF")
+
+OPS: tuple[str, ...] = ()
+
+
+def _define(schema: str, fake) -> None:
+    global OPS
+    name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"vqfast::{name}", fake, lib=LIBRARY)
+    OPS += (name,)
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _nearest(x: Tensor, codebook: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:-1], dtype=torch.int64)
+
+
+def _lookup(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape[:-1], dtype=_accumulator(x)),
+        x.new_empty(codebook.shape[:1], dtype=torch.int64),
+    )
+
+
+def _lookup_backward(
+    grad_quantized: Tensor, grad_error: Tensor, x: Tensor, codebook: Tensor, indices: Tensor
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _codebook_stats(
+    x: Tensor, indices: Tensor, weights: Tensor | None, codebook_size: int
+) -> tuple[Tensor, Tensor]:
+    dtype = _accumulator(x)
+    return x.new_empty(codebook_size, dtype=dtype), x.new_empty(codebook_size, x.shape[-1], dtype=dtype)
+
+
+def _uniform_q_sample(x0: Tensor, t: Tensor, alpha_bar: Tensor, codebook_size: int, key: Tensor) -> Tensor:
+    return x0.new_empty(x0.shape)
+
+
+def _uniform_diffusion_loss(
+    logits: Tensor,
+    x0: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    s: Tensor,
+    alpha_bar: Tensor,
+    scale: Tensor,
+    aux_weight: float,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        logits.new_empty(x0.shape, dtype=_accumulator(logits)),
+        logits.new_empty(logits.shape if with_grad else (0,)),
+    )
+
+
+def _scale_rows_(rows: Tensor, scale: Tensor) -> None:
+    return None
+
+
+def _uniform_p_sample(
+    logits: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    s: Tensor,
+    alpha_bar: Tensor,
+    known: Tensor | None,
+    temperature: float,
+    key: Tensor,
+) -> Tensor:
+    return x_t.new_empty(x_t.shape)
+
+
+_define("nearest(Tensor x, Tensor codebook) -> Tensor", _nearest)
+_define("lookup(Tensor x, Tensor codebook, Tensor indices) -> (Tensor, Tensor, Tensor)", _lookup)
+_define(
+    "lookup_backward(Tensor grad_quantized, Tensor grad_error, Tensor x, Tensor codebook, Tensor indices) -> Tensor",
+    _lookup_backward,
+)
+_define(
+    "codebook_stats(Tensor x, Tensor indices, Tensor? weights, SymInt codebook_size) -> (Tensor, Tensor)",
+    _codebook_stats,
+)
+_define(
+    "uniform_q_sample(Tensor x0, Tensor t, Tensor alpha_bar, SymInt codebook_size, Tensor key) -> Tensor",
+    _uniform_q_sample,
+)
+_define(
+    "uniform_diffusion_loss(Tensor logits, Tensor x0, Tensor x_t, Tensor t, Tensor s, Tensor alpha_bar, "
+    "Tensor scale, float aux_weight, bool with_grad) -> (Tensor, Tensor)",
+    _uniform_diffusion_loss,
+)
+_define("scale_rows_(Tensor(a!) rows, Tensor scale) -> ()", _scale_rows_)
+_define(
+    "uniform_p_sample(Tensor logits, Tensor x_t, Tensor t, Tensor s, Tensor alpha_bar, Tensor? known, "
+    "float temperature, Tensor key) -> Tensor",
+    _uniform_p_sample,
+)

@@ -1,0 +1,201 @@
+"""Promises of nearest_code, quantize and codebook_stats beyond agreement with the reference on random data."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import vqfast
+from vqfast.ops import codebook_stats, nearest_code, quantize, registry
+
+BACKENDS = [b for b, reason in registry.status("cpu").items() if reason is None]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with vqfast.backend(request.param):
+        yield request.param
+
+
+def exact_argmin(x: torch.Tensor, codebook: torch.Tensor) -> list[int]:
+    """Lowest index of the nearest code, in rational arithmetic."""
+    codes = [[Fraction(v) for v in code] for code in codebook.double().tolist()]
+    out = []
+    for row in x.double().tolist():
+        vector = [Fraction(v) for v in row]
+        distances = [sum((a - b) ** 2 for a, b in zip(vector, code, strict=True)) for code in codes]
+        out.append(distances.index(min(distances)))
+    return out
+
+
+class TestNearest:
+    def test_ties_go_to_the_lowest_index(self, backend):
+        codes = torch.randn(20, 9)
+        codes[15], codes[7] = codes[3], codes[3]
+        assert nearest_code(codes[[3, 7, 15]], codes).tolist() == [3, 3, 3]
+        midway = (codes[4] + codes[4]) / 2
+        assert nearest_code(midway[None], torch.stack([midway + 1, midway - 1, midway + 1])).tolist() == [0]
+
+    def test_nan_and_infinite_rows_get_index_zero(self, backend):
+        x, codes = torch.randn(6, 5), torch.randn(12, 5)
+        x[1, 2], x[4, 0], x[5] = torch.nan, torch.inf, -torch.inf
+        found = nearest_code(x, codes)
+        assert found[[1, 4, 5]].tolist() == [0, 0, 0]
+        assert found[[0, 2, 3]].tolist() == exact_argmin(x[[0, 2, 3]], codes)
+
+    def test_nan_code_is_never_chosen_while_another_is_finite(self, backend):
+        x, codes = torch.randn(50, 4), torch.randn(10, 4)
+        codes[0], codes[3, 1], codes[5, 2] = torch.nan, torch.nan, torch.inf
+        found = nearest_code(x, codes)
+        finite = [1, 2, 4, 6, 7, 8, 9]
+        assert found.tolist() == [finite[i] for i in exact_argmin(x, codes[finite])]
+        assert nearest_code(x, torch.full((3, 4), torch.nan)).tolist() == [0] * 50
+
+    @pytest.mark.parametrize("offset", [1.0, 1e3, 1e4])
+    def test_a_common_offset_changes_nothing(self, backend, offset):
+        g = torch.Generator().manual_seed(0)
+        x, codes = torch.randn(200, 64, generator=g) + offset, torch.randn(100, 64, generator=g) + offset
+        assert nearest_code(x, codes).tolist() == nearest_code(x.double(), codes.double()).tolist()
+
+    @pytest.mark.parametrize("scale", [1e-38, 1e-20, 1e20, 1e37])
+    def test_any_scale(self, backend, scale):
+        g = torch.Generator().manual_seed(0)
+        x, codes = torch.randn(40, 8, generator=g) * scale, torch.randn(30, 8, generator=g) * scale
+        assert nearest_code(x, codes).tolist() == exact_argmin(x, codes)
+
+    def test_codes_one_bit_apart(self, backend):
+        g = torch.Generator().manual_seed(0)
+        code = torch.randn(33, generator=g)
+        codes = code.repeat(8, 1)
+        for k in range(1, 8):
+            codes[k, k] = torch.nextafter(codes[k, k], torch.tensor(torch.inf * (-1) ** k))
+        x = code + 0.1 * torch.randn(40, 33, generator=g)
+        assert nearest_code(x, codes).tolist() == exact_argmin(x, codes)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    def test_any_strides_and_leading_shape(self, backend, dtype):
+        g = torch.Generator().manual_seed(0)
+        codes = torch.randn(17, 6, generator=g).to(dtype)
+        feature_map = torch.randn(2, 6, 5, 7, generator=g).to(dtype)
+        for x in (
+            feature_map.permute(0, 2, 3, 1),
+            feature_map.permute(0, 3, 2, 1),
+            feature_map[..., ::2].permute(0, 2, 3, 1),
+            feature_map[0, :, 0, 0],
+            feature_map.permute(0, 2, 3, 1)[:, :, :0],
+        ):
+            assert torch.equal(nearest_code(x, codes), nearest_code(x.contiguous().double(), codes.double()))
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        N=st.integers(0, 30), K=st.integers(1, 70), D=st.integers(1, 20), seed=st.integers(0, 2**31),
+        step=st.sampled_from([1.0, 0.25, 2.0**-10]), offset=st.sampled_from([0.0, 3.0, 4096.0]),
+        dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    )  # fmt: skip
+    def test_exact_on_a_lattice_full_of_ties(self, N, K, D, seed, step, offset, dtype):
+        g = torch.Generator().manual_seed(seed)
+        x = (torch.randint(-3, 4, (N, D), generator=g) * step + offset).to(dtype)
+        codes = (torch.randint(-3, 4, (K, D), generator=g) * step + offset).to(dtype)
+        want = exact_argmin(x, codes)
+        for name in BACKENDS:
+            with vqfast.backend(name):
+                assert nearest_code(x, codes).tolist() == want
+
+
+class TestQuantize:
+    @pytest.mark.parametrize("estimator", ["ste", "none"])
+    @pytest.mark.parametrize("shape", [(4, 7, 5), (33, 5), (5,), (0, 5)])
+    def test_value_and_gradients_are_those_of_autograd(self, backend, estimator, shape):
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(*shape, generator=g, dtype=torch.float64, requires_grad=True)
+        codebook = torch.randn(6, 5, generator=g, dtype=torch.float64, requires_grad=True)
+        probe = torch.randn(*shape, generator=g, dtype=torch.float64)
+        got = quantize(x, codebook, beta=0.3, codebook_weight=0.8, estimator=estimator)
+        got_grads = torch.autograd.grad(got.loss * 1.7 + (got.quantized * probe).sum(), (x, codebook))
+
+        codes = codebook[got.indices]
+        loss = 0.8 * (x.detach() - codes).square().mean() + 0.3 * (x - codes.detach()).square().mean()
+        loss = loss.nan_to_num(0)
+        quantized = x + (codes - x).detach() if estimator == "ste" else codes
+        want_grads = torch.autograd.grad(loss * 1.7 + (quantized * probe).sum(), (x, codebook))
+        torch.testing.assert_close(got.quantized, codes)
+        torch.testing.assert_close(got.loss, loss)
+        assert got.counts.tolist() == torch.bincount(got.indices.reshape(-1), minlength=6).tolist()
+        for a, b in zip(got_grads, want_grads, strict=True):
+            torch.testing.assert_close(a, b)
+
+    def test_gradient_only_where_it_is_asked_for(self, backend):
+        x, codebook = torch.randn(8, 3, requires_grad=True), torch.randn(4, 3)
+        quantize(x, codebook, codebook_weight=0).loss.backward()
+        assert x.grad is not None and codebook.grad is None
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_takes_what_it_is_given_under_autocast(self, backend, dtype):
+        x, codebook = torch.randn(8, 3).to(dtype), torch.randn(4, 3).to(dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = quantize(x, codebook)
+        assert got.quantized.dtype == dtype and got.loss.dtype == torch.float32
+
+    def test_compiles_without_a_break_and_without_a_recompile_for_another_length(self):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        codebook = torch.randn(8, 3, requires_grad=True)
+
+        @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+        def step(x):
+            out = quantize(x, codebook)
+            return out.loss + out.quantized.square().sum(), out.indices, codebook_stats(x, out.indices, 8)[0]
+
+        for n in (5, 6, 40, 1000):
+            x = torch.randn(n, 3, requires_grad=True)
+            loss, indices, counts = step(x)
+            loss.backward()
+            eager = quantize(x.detach().requires_grad_(), codebook)
+            torch.testing.assert_close(loss, eager.loss + eager.quantized.square().sum())
+            assert torch.equal(indices, eager.indices) and counts.sum() == n and x.grad is not None
+        assert counter.frame_count == 1
+
+
+class TestErrors:
+    x, codes = torch.zeros(4, 3), torch.zeros(5, 3)
+
+    @pytest.mark.parametrize(
+        ("x", "codebook", "error", "words"),
+        [
+            (torch.zeros(()), codes, ValueError, r"x: expected at least one dimension .*shape \(\)"),
+            (x, torch.zeros(5), ValueError, r"codebook: expected two dimensions \(K, D\).*shape \(5,\)"),
+            (x, torch.zeros(5, 4), ValueError, r"codebook: expected D = 3 .*shape \(5, 4\)"),
+            (x, torch.zeros(0, 3), ValueError, r"codebook: expected at least one code.*shape \(0, 3\)"),
+            (x.int(), codes, TypeError, r"x: expected a float64, float32, .*int32"),
+            ([1.0], codes, TypeError, r"x: expected .*list"),
+            (x, codes.bool(), TypeError, r"codebook: expected .*bool"),
+            (x.half(), codes, TypeError, r"codebook: expected the dtype of x, torch.float16, got float32"),
+            (x, codes.to("meta"), ValueError, r"codebook: expected the device of x, cpu, got .*meta"),
+        ],
+    )  # fmt: skip
+    def test_search_names_the_argument(self, x, codebook, error, words):
+        for function in (nearest_code, quantize):
+            with pytest.raises(error, match=words):
+                function(x, codebook)
+
+    def test_estimator(self):
+        with pytest.raises(ValueError, match="estimator: expected 'ste' or 'none', got 'magic'"):
+            quantize(self.x, self.codes, estimator="magic")
+
+    @pytest.mark.parametrize(
+        ("indices", "size", "weights", "error", "words"),
+        [
+            (torch.tensor([0, 1, 5, 0]), 5, None, ValueError, r"indices: expected values in -1..4 .*got 0..5"),
+            (torch.tensor([0, -2, 1, 0]), 5, None, ValueError, r"indices: expected values in -1..4 .*got -2..1"),
+            (torch.zeros(3, dtype=torch.int64), 5, None, ValueError, r"indices: expected shape"),
+            (torch.zeros(4, dtype=torch.int32), 5, None, TypeError, r"indices: expected an int64"),
+            (torch.zeros(4, dtype=torch.int64), 0, None, ValueError, r"codebook_size: expected at least 1, got 0"),
+            (torch.zeros(4, dtype=torch.int64), 5, torch.ones(3), ValueError, r"weights: expected the shape"),
+        ],
+    )  # fmt: skip
+    def test_codebook_stats(self, indices, size, weights, error, words):
+        with pytest.raises(error, match=words):
+            codebook_stats(self.x, indices, size, weights=weights)

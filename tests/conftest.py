@@ -1,0 +1,25 @@
+"""Fixtures that several folders of tests share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+
+
+@pytest.fixture
+def golden() -> Callable[[str], dict[str, Tensor]]:
+    """Arrays of a golden fixture by name, as tensors; skips where the folder is absent."""
+
+    def load(name: str) -> dict[str, Tensor]:
+        path = GOLDEN / f"{name}.npz"
+        if not path.is_file():
+            pytest.skip(f"golden fixture {name}.npz is not beside the repository (../shared/golden)")
+        with np.load(path) as arrays:
+            return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+
+    return load

@@ -1,0 +1,250 @@
+"""The training side of discrete diffusion: which level to noise to, the objective, the bound."""
+
+import math
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vqfast.diffusion.sampler import Denoiser, sample_steps
+from vqfast.ops import Uniform, diffusion_loss, q_sample
+
+PARAMETERISATIONS = ("x0", "residual")
+TIME_SAMPLING = ("uniform", "importance")
+
+# Importance sampling of t as in the code released with Multinomial Diffusion (Hoogeboom et al. 2021).
+_HISTORY_DECAY = 0.9
+_VISITS_BEFORE_USE = 10
+
+
+class Objective(NamedTuple):
+    """What a training step gives.
+
+    loss: scalar with gradient, bits per token: sum over t of the bound's terms (plus the auxiliary
+        cross-entropy), estimated from one t per sample, plus the prior term.
+    bits_per_dim: scalar without gradient: the same without the auxiliary term.
+    """
+
+    loss: Tensor
+    bits_per_dim: Tensor
+
+
+class Elbo(NamedTuple):
+    """The negative evidence lower bound of each sample, in nats, summed over its tokens.
+
+    total: (B,), the sum of all that follows.
+    terms: (n, B), in the order of the reverse chain: the last is -log p(x_0 | x_t).
+    prior: KL(q(x_T | x_0) || uniform), the same for every sample.
+    """
+
+    total: Tensor
+    terms: Tensor
+    prior: float
+
+
+def prior_kl(transition: Uniform) -> float:
+    """KL(q(x_T | x_0) || uniform) of one token, in nats; the same for every x_0."""
+    K, alpha = transition.codebook_size, transition.alpha_bar[-1].item()
+    if alpha == 1:
+        return math.log(K)
+    # log1p: at the end of a chain both are logarithms of 1 + tiny, and the sum is a difference of the two.
+    same = (1 + alpha * (K - 1)) / K * math.log1p(alpha * (K - 1))
+    other = (K - 1) * (1 - alpha) / K * math.log1p(-alpha)
+    return same + other
+
+
+class DiscreteDiffusion(nn.Module):
+    """Turns a denoiser into training losses and bounds.
+
+    Args:
+        transition: the forward chain.
+        parameterisation: "x0": the denoiser's output is the logits of x_0; "residual": it is added to the
+            one-hot of x_t, so that the denoiser predicts the noise (VQ-DDM, arXiv 2112.01799).
+        aux_weight: weight of the cross-entropy of x_0 beside the bound (D3PM, Austin et al. 2021, eq. 5).
+        time_sampling: how t is drawn. "uniform"; or "importance": p(t) proportional to the root of a running
+            mean of the squared loss at t, uniform until every t was visited more than 10 times.
+
+    Buffers, saved with the model: loss_history (T,) float32, running mean of the squared loss (nats of a
+    sample) at t = 1..T; loss_count (T,) int64, visits.
+
+    Raises:
+        ValueError: an option other than these.
+    """
+
+    def __init__(
+        self,
+        transition: Uniform,
+        *,
+        parameterisation: str = "x0",
+        aux_weight: float = 0.0,
+        time_sampling: str = "uniform",
+    ):
+        super().__init__()
+        if parameterisation not in PARAMETERISATIONS:
+            raise ValueError(
+                f"parameterisation: expected one of {', '.join(PARAMETERISATIONS)}, got {parameterisation!r}"
+            )
+        if time_sampling not in TIME_SAMPLING:
+            raise ValueError(
+                f"time_sampling: expected one of {', '.join(TIME_SAMPLING)}, got {time_sampling!r}"
+            )
+        if not aux_weight >= 0:
+            raise ValueError(f"aux_weight: expected at least 0, got {aux_weight!r}")
+        self.transition = transition
+        self.prior_kl = prior_kl(transition)
+        self.parameterisation = parameterisation
+        self.aux_weight = float(aux_weight)
+        self.time_sampling = time_sampling
+        self.register_buffer("loss_history", torch.zeros(transition.T))
+        self.register_buffer("loss_count", torch.zeros(transition.T, dtype=torch.int64))
+
+    def predict(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits of x_0, (B, L, K), from codes x_t (B, L) at levels t (B,)."""
+        logits = denoiser(x_t, t, labels)
+        if self.parameterisation == "residual":
+            index = x_t[..., None]
+            logits = logits.scatter_add(-1, index, logits.new_ones(()).expand(index.shape))
+        return logits
+
+    def time_probabilities(self) -> Tensor:
+        """p(t) for t = 1..T, (T,) float64."""
+        uniform = torch.full_like(self.loss_history, 1 / self.transition.T, dtype=torch.float64)
+        if self.time_sampling == "uniform":
+            return uniform
+        weight = (self.loss_history.double() + 1e-10).sqrt() + 1e-4
+        # The decoder term t = 1 is far larger than its neighbours: it borrows the weight of t = 2.
+        weight = torch.cat([weight[1:2], weight[1:]]) if self.transition.T > 1 else weight
+        ready = (self.loss_count > _VISITS_BEFORE_USE).all()
+        return torch.where(ready, weight / weight.sum(), uniform)
+
+    def draw_t(self, batch: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Levels t (batch,) int64 and their probabilities p(t) (batch,) float64.
+
+        One random number u serves the whole batch: sample i stands at the quantile u + i / batch, modulo 1
+        (the low-variance draw of Kingma et al. 2021, Variational Diffusion Models). Each t follows p(t), and
+        together they cover it evenly.
+        """
+        device = self.loss_history.device
+        source = device if generator is None else generator.device
+        u = torch.rand((), generator=generator, dtype=torch.float64, device=source).to(device)
+        quantile = (u + torch.arange(batch, dtype=torch.float64, device=device) / batch) % 1.0
+        p = self.time_probabilities()
+        index = torch.searchsorted(p.cumsum(0), quantile, right=True).clamp(max=self.transition.T - 1)
+        return index + 1, p[index]
+
+    @torch.no_grad()
+    def record(self, t: Tensor, nats: Tensor) -> None:
+        """Note the losses nats (B,) of samples at levels t (B,), for importance sampling.
+
+        Samples that share a t enter with the mean of their squares: their order does not matter.
+        """
+        index = t - 1
+        same = (t[:, None] == t[None, :]).to(self.loss_history.dtype)
+        square = (same * nats.to(self.loss_history.dtype) ** 2).sum(1) / same.sum(1)
+        history = _HISTORY_DECAY * self.loss_history[index] + (1 - _HISTORY_DECAY) * square
+        self.loss_history.scatter_(0, index, history)
+        self.loss_count.scatter_add_(0, index, torch.ones_like(index))
+
+    def objective(
+        self, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, p_t: Tensor
+    ) -> tuple[Objective, Tensor]:
+        """The estimate of the bound from one noised version of each sample.
+
+        Args:
+            logits: (B, L, K) scores of x_0. x0, x_t: (B, L) int64. t: (B,) int64 in 1..T. p_t: (B,), the
+                probability with which each t was drawn.
+
+        Returns:
+            The objective; and (B,) the loss of each sample at its t, nats summed over tokens, no gradient.
+        """
+        B, L = x0.shape
+        # With every factor in the weights, the gradient that reaches the op is 1 and costs it no second pass.
+        weights = 1 / (p_t * (B * L * math.log(2)))
+        loss = diffusion_loss(
+            logits, x0, x_t, t, self.transition, aux_weight=self.aux_weight, weights=weights, reduction="none"
+        )
+        prior = self.prior_kl / math.log(2)
+        total = loss.sum() + prior
+        bits = total.detach()
+        if self.aux_weight:
+            with torch.no_grad():
+                bits = prior + diffusion_loss(
+                    logits, x0, x_t, t, self.transition, weights=weights, reduction="sum"
+                )
+        nats = loss.detach().sum(1) / weights.to(loss.dtype)
+        return Objective(total, bits), nats
+
+    def forward(
+        self,
+        denoiser: Denoiser,
+        x0: Tensor,
+        labels: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Objective:
+        """One training step's objective: draw t, noise x0 to it, predict, compare.
+
+        In training mode the losses are recorded for importance sampling. No host sync.
+
+        Args:
+            denoiser: maps (x_t (B, L) int64, t (B,) int64, labels) to (B, L, K).
+            x0: (B, L) int64 codes in [0, K).
+            labels: handed to the denoiser.
+            generator: source of the random numbers.
+
+        Raises:
+            TypeError, ValueError: shapes, dtypes or values that the ops refuse, with their text.
+        """
+        t, p_t = self.draw_t(x0.shape[0], generator=generator)
+        x_t = q_sample(x0, t, self.transition, generator=generator)
+        logits = self.predict(denoiser, x_t, t, labels)
+        objective, nats = self.objective(logits, x0, x_t, t, p_t)
+        if self.training and self.time_sampling == "importance":
+            self.record(t, nats)
+        return objective
+
+    @torch.no_grad()
+    def elbo(
+        self,
+        denoiser: Denoiser,
+        x0: Tensor,
+        labels: Tensor | None = None,
+        *,
+        steps: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Elbo:
+        """The bound on -log p(x0), term by term, each estimated from one draw of x_t.
+
+        Args:
+            denoiser, x0, labels, generator: as for a training step.
+            steps: None for the T-step model. With n, the bound of the model that samples in n evenly spaced
+                exact skips: a bound as valid, and looser.
+
+        Raises:
+            ValueError: steps not in 1..T, or what the ops refuse.
+        """
+        B, L = x0.shape
+        terms = []
+        for t, s in pairwise(sample_steps(self.transition.T, steps)):
+            x_t = q_sample(x0, t, self.transition, generator=generator)
+            level = torch.full((B,), t, dtype=torch.int64, device=x0.device)
+            logits = self.predict(denoiser, x_t, level, labels)
+            loss = diffusion_loss(logits, x0, x_t, level, self.transition, s=s, reduction="none")
+            terms.append(loss.double().sum(1))
+        prior = L * self.prior_kl
+        stacked = torch.stack(terms)
+        return Elbo(stacked.sum(0) + prior, stacked, prior)
+
+    def bits_per_dim(
+        self,
+        denoiser: Denoiser,
+        x0: Tensor,
+        labels: Tensor | None = None,
+        *,
+        steps: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """`elbo` in bits per token: (B,) float64."""
+        total = self.elbo(denoiser, x0, labels, steps=steps, generator=generator).total
+        return total / (x0.shape[1] * math.log(2))

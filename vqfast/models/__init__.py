@@ -1,0 +1,1 @@
+"""Models: the networks and the generative models built of them. No trainer, no file, no config parser."""

@@ -1,0 +1,304 @@
+"""VQ-DDM (arXiv 2112.01799): discrete diffusion over the codes of a vector-quantised auto-encoder."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vqfast.diffusion import DiscreteDiffusion, Uniform, sample, schedule
+from vqfast.models.conditioning import check_labels
+from vqfast.models.transformer import Transformer
+from vqfast.models.unet import UNet
+from vqfast.ops.checks import describe
+
+DENOISERS = ("unet", "transformer")
+
+
+@dataclass
+class VQDDMConfig:
+    """Everything that makes a VQDDM; plain values, so that `dataclasses.asdict` goes through JSON and back.
+
+    The defaults are the paper's model; `schedule="cosine_released"` is the one that its authors trained.
+
+    codebook_size: K of the auto-encoder. grid: (H, W) of its codes.
+    denoiser: "unet" (sizes: dim, mults) or "transformer" (sizes: dim, depth, heads).
+    T, schedule: the forward chain, see vqfast.diffusion.schedules.
+    num_classes: None for an unconditional model. class_dropout: share of labels dropped in training, which
+        guidance and unconditional samples need.
+    parameterisation, aux_weight, time_sampling: see vqfast.diffusion.DiscreteDiffusion.
+    """
+
+    codebook_size: int
+    grid: tuple[int, int] = (16, 16)
+    denoiser: str = "unet"
+    dim: int = 128
+    mults: tuple[int, ...] = (1, 2, 4, 8)
+    depth: int = 12
+    heads: int = 8
+    T: int = 4000
+    schedule: str = "cosine"
+    num_classes: int | None = None
+    class_dropout: float = 0.1
+    parameterisation: str = "x0"
+    aux_weight: float = 0.0
+    time_sampling: str = "importance"
+
+    def __post_init__(self):
+        self.grid, self.mults = tuple(self.grid), tuple(self.mults)  # JSON has lists only
+        if len(self.grid) != 2 or min(self.grid) < 1:
+            raise ValueError(f"grid: expected two positive numbers (H, W), got {self.grid}")
+        if self.denoiser not in DENOISERS:
+            raise ValueError(f"denoiser: expected one of {', '.join(DENOISERS)}, got {self.denoiser!r}")
+
+
+def _build_denoiser(config: VQDDMConfig) -> nn.Module:
+    common = dict(
+        grid=config.grid,
+        T=config.T,
+        dim=config.dim,
+        num_classes=config.num_classes,
+        class_dropout=config.class_dropout,
+    )
+    if config.denoiser == "unet":
+        return UNet(config.codebook_size, mults=config.mults, **common)
+    return Transformer(config.codebook_size, depth=config.depth, heads=config.heads, **common)
+
+
+class VQDDM(nn.Module):
+    """A generative model of grids of codes.
+
+    Batches are mappings: "codes", (B, H, W) or (B, L) int64; with classes also "label", (B,) int64.
+
+    Args:
+        config: the model's make.
+
+    Raises:
+        ValueError: a configuration that does not fit together.
+    """
+
+    def __init__(self, config: VQDDMConfig):
+        super().__init__()
+        self.config = config
+        self.denoiser = _build_denoiser(config)
+        self.diffusion = DiscreteDiffusion(
+            Uniform(config.codebook_size, schedule(config.schedule, config.T)),
+            parameterisation=config.parameterisation,
+            aux_weight=config.aux_weight,
+            time_sampling=config.time_sampling,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.head.weight.device
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits of the clean codes, (B, L, K), from codes x_t (B, L) at levels t (B,)."""
+        return self.diffusion.predict(self.denoiser, x_t, t, labels)
+
+    def training_step(self, batch: Mapping[str, Tensor], step: int = 0) -> dict[str, Tensor]:
+        """Loss of one batch.
+
+        Returns:
+            "loss": scalar with gradient, bits per code, an estimate of the bound (plus the auxiliary term);
+            "bits_per_dim": the bound alone, detached.
+
+        Raises:
+            TypeError, ValueError: codes that are not on the grid, or labels that are missing or out of range.
+        """
+        codes, labels = self._read(batch)
+        loss, bits = self.diffusion(self.denoiser, codes, labels)
+        return {"loss": loss, "bits_per_dim": bits}
+
+    @torch.no_grad()
+    def evaluate_step(self, batch: Mapping[str, Tensor], step: int = 0) -> dict[str, Tensor]:
+        """The training figures of a batch that is not trained on: no dropout, nothing recorded.
+
+        One unbiased draw; `bits_per_dim` gives the whole bound, at one denoiser call per noise level.
+        """
+        with self._evaluating():
+            result = self.training_step(batch, step)
+        return {name: value.detach() for name, value in result.items()}
+
+    @torch.no_grad()
+    def bits_per_dim(
+        self,
+        codes: Tensor,
+        labels: Tensor | int | None = None,
+        *,
+        steps: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Bound on -log2 p(codes) per code, (B,) float64.
+
+        Args:
+            codes: (B, H, W) or (B, L) int64.
+            labels: (B,) int64, or one class for all.
+            steps: None for the model's T steps; n for the looser bound of sampling in n steps.
+            generator: source of the random numbers.
+        """
+        codes = self._flat("codes", codes)
+        labels = self._labels(labels, codes.shape[0])
+        with self._evaluating():
+            return self.diffusion.bits_per_dim(self.denoiser, codes, labels, steps=steps, generator=generator)
+
+    def sample(
+        self,
+        n: int,
+        labels: Tensor | int | None = None,
+        *,
+        steps: int | None = None,
+        temperature: float = 1.0,
+        guidance_scale: float = 1.0,
+        batch_size: int | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Draw n grids of codes.
+
+        Args:
+            n: how many, at least 1.
+            labels: (n,) int64 classes, or one class for all; None draws without a class.
+            steps: denoiser calls per grid, 1..T; None takes all T.
+            temperature: divides the logits.
+            guidance_scale: strength of classifier-free guidance; 1 is none.
+            batch_size: grids at a time; None takes all n at once.
+            generator: source of the random numbers.
+            progress: show a bar.
+
+        Returns:
+            (n, H, W) int64.
+
+        Raises:
+            TypeError, ValueError: labels missing, not wanted or out of range; steps not in 1..T; guidance of
+                a model trained without class_dropout.
+        """
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"n: expected a whole number, at least 1, got {n!r}")
+        return self._draw(
+            n, None, labels, batch_size, guidance_scale,
+            steps=steps, temperature=temperature, generator=generator, progress=progress,
+        )  # fmt: skip
+
+    def inpaint(
+        self,
+        codes: Tensor,
+        mask: Tensor,
+        labels: Tensor | int | None = None,
+        *,
+        steps: int | None = None,
+        temperature: float = 1.0,
+        guidance_scale: float = 1.0,
+        batch_size: int | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Draw codes where `mask` is true, given the others, which come back as they are.
+
+        Args:
+            codes: (B, H, W) or (B, L) int64; under the mask any value.
+            mask: bool, of the shape of `codes`, or (H, W) or (L,) for all of them: true where to draw.
+            labels and the rest: as for `sample`.
+
+        Returns:
+            (B, H, W) int64.
+
+        Raises:
+            TypeError, ValueError: as `sample`; a mask that is not bool or does not fit.
+        """
+        flat = self._flat("codes", codes)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask: expected a bool tensor, true where to draw, got {describe(mask)}")
+        if mask.shape not in (codes.shape, codes.shape[1:]):
+            raise ValueError(
+                f"mask: expected shape {tuple(codes.shape)} as codes has, or {tuple(codes.shape[1:])}, "
+                f"got {describe(mask)}"
+            )
+        K, given = self.config.codebook_size, codes[~mask.to(codes.device).expand_as(codes)]
+        if given.numel() and not 0 <= given.min() <= given.max() < K:
+            raise ValueError(
+                f"codes: expected values in 0..{K - 1} outside the mask, got {given.min()}..{given.max()}"
+            )
+        known = torch.where(mask.to(codes.device), -1, codes).reshape(flat.shape).to(self.device)
+        return self._draw(
+            flat.shape[0], known, labels, batch_size, guidance_scale,
+            steps=steps, temperature=temperature, generator=generator, progress=progress,
+        )  # fmt: skip
+
+    def _draw(self, n, known, labels, batch_size, guidance_scale, **options) -> Tensor:
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size!r}")
+        labels = self._labels(labels, n)
+        guided = guidance_scale != 1.0
+        if guided and (self.config.num_classes is None or self.config.class_dropout == 0):
+            raise ValueError(
+                f"guidance_scale: expected 1 for a model trained without classes or without class_dropout, "
+                f"got {guidance_scale}"
+            )
+        h, w = self.config.grid
+        drawn = []
+        with self._evaluating():
+            for start in range(0, n, batch_size or n):
+                rows = slice(start, min(start + (batch_size or n), n))
+                codes = sample(
+                    self,
+                    (rows.stop - rows.start, h * w),
+                    self.diffusion.transition,
+                    labels=None if labels is None else labels[rows],
+                    known=None if known is None else known[rows],
+                    guidance_scale=guidance_scale,
+                    device=self.device,
+                    **options,
+                )
+                drawn.append(codes)
+        return torch.cat(drawn).view(n, h, w)
+
+    def _flat(self, name: str, codes: Tensor) -> Tensor:
+        """Codes (B, H, W) or (B, L) as (B, L)."""
+        h, w = self.config.grid
+        if not isinstance(codes, Tensor) or codes.dtype != torch.int64:
+            raise TypeError(
+                f"{name}: expected int64 codes (B, {h}, {w}) or (B, {h * w}), got {describe(codes)}"
+            )
+        if codes.shape[1:] not in ((h, w), (h * w,)):
+            raise ValueError(f"{name}: expected codes (B, {h}, {w}) or (B, {h * w}), got {describe(codes)}")
+        return codes.flatten(1)
+
+    def _read(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Flat codes, and the labels if the model has classes; labels that it has no use for are left."""
+        codes = self._flat('batch["codes"]', batch["codes"])
+        if self.config.num_classes is None:
+            return codes, None
+        if batch.get("label") is None:
+            raise ValueError(
+                f'batch["label"]: missing, but the model has {self.config.num_classes} classes; '
+                "expected (B,) int64"
+            )
+        return codes, batch["label"]
+
+    def _labels(self, labels: Tensor | int | None, n: int) -> Tensor | None:
+        """(n,) labels on the model's device, checked against the configuration."""
+        classes = self.config.num_classes
+        if labels is None:
+            if classes is not None and self.config.class_dropout == 0:
+                raise ValueError(
+                    f"labels: missing; the model has {classes} classes and class_dropout = 0, so it never "
+                    "learnt to do without one"
+                )
+            return None
+        if isinstance(labels, int):
+            labels = torch.full((n,), labels)
+        check_labels(labels, n, classes)
+        return labels.to(self.device)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode inside, whatever mode each module was in again outside."""
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True

@@ -1,4 +1,4 @@
-"""Builds vqfast._cpu always and vqfast._cuda wherever nvcc is found, with ninja, from raw-pointer C++ (no torch headers).
+"""Builds vqfast._cpu always and vqfast._cuda wherever nvcc is found, with ninja, from C++ that knows no torch header.
 
 Environment:
     VQFAST_CUDA=0        leave the CUDA extension out
@@ -87,15 +87,15 @@ def write_ninja(cuda: Path | None) -> None:
         gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
         gencode += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
         lines.append(
-            f"rule nvcc\n  command = {cuda}/bin/nvcc -MMD -MF $out.d -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden "
-            f"-Werror all-warnings -I{CSRC}/include {gencode} -c $in -o $out\n"
+            f"rule nvcc\n  command = {cuda}/bin/nvcc -MMD -MF $out.d -std=c++17 -O3 "
+            f"-Xcompiler -fPIC,-fvisibility=hidden -Werror all-warnings -I{CSRC}/include {gencode} -c $in -o $out\n"
             "  depfile = $out.d\n  deps = gcc\n  description = CUDA $in"
         )
         objects = []
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             objects.append(f"{source.stem}.cu.o")
             lines.append(f"build {objects[-1]}: nvcc {source}")
-        targets = f"-DVQFAST_CUDA_TARGETS=\\\"{','.join('sm_' + a for a in archs)}\\\""
+        targets = f'-DVQFAST_CUDA_TARGETS=\\"{",".join("sm_" + a for a in archs)}\\"'
         objects.append(compile_cxx(CSRC / "bind_cuda.cpp", f"{bind} -isystem {cuda}/include {targets}"))
         lib = next(p for p in (cuda / "lib64", cuda / "targets/x86_64-linux/lib", cuda / "lib") if p.exists())
         lines.append(

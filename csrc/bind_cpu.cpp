@@ -36,10 +36,73 @@ int64_t nearest(int dtype, const py::tuple &x, int64_t D, uintptr_t codebook, in
   return reranked;
 }
 
+void lookup(int dtype, const py::tuple &x, int64_t D, uintptr_t codebook, int64_t K, uintptr_t indices,
+            uintptr_t quantized, uintptr_t error, uintptr_t counts) {
+  const vqfast_rows view = rows(x);
+  py::gil_scoped_release release;
+  check(vqfast_cpu_lookup((vqfast_dtype)dtype, view, D, pointer<const void>(codebook), K,
+                          pointer<const int64_t>(indices), pointer<void>(quantized), pointer<void>(error),
+                          pointer<int64_t>(counts)));
+}
+
+void lookup_backward(int dtype, const py::tuple &grad_quantized, uintptr_t grad_error, const py::tuple &x, int64_t D,
+                     uintptr_t codebook, int64_t K, uintptr_t indices, uintptr_t grad_x) {
+  const vqfast_rows grad_view = rows(grad_quantized), view = rows(x);
+  py::gil_scoped_release release;
+  check(vqfast_cpu_lookup_backward((vqfast_dtype)dtype, grad_view, pointer<const void>(grad_error), view, D,
+                                   pointer<const void>(codebook), K, pointer<const int64_t>(indices),
+                                   pointer<void>(grad_x)));
+}
+
+void codebook_stats(int dtype, const py::tuple &x, int64_t D, uintptr_t indices, uintptr_t weights, int64_t K,
+                    uintptr_t counts, uintptr_t sums) {
+  const vqfast_rows view = rows(x);
+  py::gil_scoped_release release;
+  check(vqfast_cpu_codebook_stats((vqfast_dtype)dtype, view, D, pointer<const int64_t>(indices),
+                                  pointer<const void>(weights), K, pointer<void>(counts), pointer<void>(sums)));
+}
+
+void uniform_q_sample(uintptr_t x0, uintptr_t t, uintptr_t alpha_bar, int64_t T, int64_t B, int64_t L, int64_t K,
+                      uintptr_t key, uintptr_t x_t) {
+  check(vqfast_cpu_uniform_q_sample(pointer<const int64_t>(x0), pointer<const int64_t>(t),
+                                    pointer<const double>(alpha_bar), T, B, L, K, pointer<const int64_t>(key),
+                                    pointer<int64_t>(x_t)));
+}
+
+void uniform_diffusion_loss(int dtype, uintptr_t logits, uintptr_t x0, uintptr_t x_t, uintptr_t t, uintptr_t s,
+                            uintptr_t alpha_bar, int64_t T, int64_t B, int64_t L, int64_t K, uintptr_t scale,
+                            double aux_weight, uintptr_t loss, uintptr_t grad) {
+  check(vqfast_cpu_uniform_diffusion_loss(
+      (vqfast_dtype)dtype, pointer<const void>(logits), pointer<const int64_t>(x0), pointer<const int64_t>(x_t),
+      pointer<const int64_t>(t), pointer<const int64_t>(s), pointer<const double>(alpha_bar), T, B, L, K,
+      pointer<const double>(scale), aux_weight, pointer<void>(loss), pointer<void>(grad)));
+}
+
+void scale_rows(int dtype, uintptr_t rows, int64_t R, int64_t K, uintptr_t scale, int64_t stride) {
+  check(vqfast_cpu_scale_rows((vqfast_dtype)dtype, pointer<void>(rows), R, K, pointer<const void>(scale), stride));
+}
+
+void uniform_p_sample(int dtype, uintptr_t logits, uintptr_t x_t, uintptr_t t, uintptr_t s, uintptr_t alpha_bar,
+                      int64_t T, int64_t B, int64_t L, int64_t K, uintptr_t known, double temperature, uintptr_t key,
+                      uintptr_t x_s) {
+  check(vqfast_cpu_uniform_p_sample((vqfast_dtype)dtype, pointer<const void>(logits), pointer<const int64_t>(x_t),
+                                    pointer<const int64_t>(t), pointer<const int64_t>(s),
+                                    pointer<const double>(alpha_bar), T, B, L, K, pointer<const int64_t>(known),
+                                    temperature, pointer<const int64_t>(key), pointer<int64_t>(x_s)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return vqfast::kernels().name; });
   m.def("isa_error", [] { return vqfast::isa_error(); });
   m.def("nearest", &nearest);
+  m.def("lookup", &lookup);
+  m.def("lookup_backward", &lookup_backward);
+  m.def("codebook_stats", &codebook_stats);
+  const py::call_guard<py::gil_scoped_release> released;
+  m.def("uniform_q_sample", &uniform_q_sample, released);
+  m.def("uniform_diffusion_loss", &uniform_diffusion_loss, released);
+  m.def("scale_rows", &scale_rows, released);
+  m.def("uniform_p_sample", &uniform_p_sample, released);
 }

@@ -27,9 +27,7 @@ class Spec:
     bench_shapes: tuple[Shape, ...]
     bytes_moved: Callable[[Shape, torch.dtype], int]
     flops: Callable[[Shape], int]
-    dtypes: tuple[torch.dtype, ...] = field(
-        default=(torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    )
+    dtypes: tuple[torch.dtype, ...] = field(default=(torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
 def generator(device: torch.device | str, seed: int) -> torch.Generator:

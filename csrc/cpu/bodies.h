@@ -1,4 +1,6 @@
 // Every loop body, and the table of them for the instruction set of the including file.
+#include "codebook_rows.h"
+#include "diffusion_rows.h"
 #include "dispatch.h"
 #include "nearest_pack.h"
 #include "nearest_score.h"
@@ -10,6 +12,8 @@ const Kernels table = {
 #define VQFAST_STRING_(x) #x
 #define VQFAST_STRING(x) VQFAST_STRING_(x)
     VQFAST_STRING(VQFAST_ISA), kLanes, kTileRows, kPanelCodes, pack, score, score_all,
+    squared_error, lookup_grad, add_rows,
+    load_scores, exp_scores, log1p_scores, grad_scores, store_scores, scale_row,
 };
 
 }  // namespace vqfast::VQFAST_ISA

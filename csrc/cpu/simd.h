@@ -17,6 +17,7 @@ constexpr int kLanes = VQFAST_LANES;
 
 typedef float vf __attribute__((vector_size(4 * VQFAST_LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * VQFAST_LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * VQFAST_LANES)));
 typedef float vf_unaligned __attribute__((vector_size(4 * VQFAST_LANES), aligned(4), may_alias));
 typedef int32_t vi_unaligned __attribute__((vector_size(4 * VQFAST_LANES), aligned(4), may_alias));
 

@@ -28,10 +28,19 @@ VQFAST_HD inline Double2 two_sum(double a, double b) {
   return {s, (a - (s - t)) + (b - t)};
 }
 
+// a * b, rounded before it is added to anything: nvcc would fuse the two.
+VQFAST_HD inline double rounded_product(double a, double b) {
+#ifdef __CUDA_ARCH__
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 // sum + (a - b)^2.
 VQFAST_HD inline Double2 add_squared_difference(Double2 sum, double a, double b) {
   const Double2 d = two_sum(a, -b);
-  const double square = d.high * d.high;
+  const double square = rounded_product(d.high, d.high);
   const double rest = fma(d.high, d.high, -square) + 2 * d.high * d.low;
   const Double2 s = two_sum(sum.high, square);
   const double low = sum.low + (s.low + rest);

@@ -62,6 +62,43 @@ int vqfast_cpu_uniform_p_sample(vqfast_dtype dtype, const void *logits, const in
                                 const int64_t *s, const double *alpha_bar, int64_t T, int64_t B, int64_t L, int64_t K,
                                 const int64_t *known, double temperature, const int64_t *key, int64_t *x_s);
 
+/* CUDA. ..._scratch writes how many bytes of device memory an op needs for these sizes on this device. */
+int vqfast_cuda_nearest_scratch(int64_t N, int64_t D, int64_t K, int device, int64_t *bytes);
+
+/* reranked, if not null, is device memory. */
+int vqfast_cuda_nearest(vqfast_dtype dtype, vqfast_rows x, int64_t D, const void *codebook, int64_t K,
+                        int64_t *indices, int64_t *reranked, void *scratch, int device, void *stream);
+
+int vqfast_cuda_lookup(vqfast_dtype dtype, vqfast_rows x, int64_t D, const void *codebook, int64_t K,
+                       const int64_t *indices, void *quantized, void *error, int64_t *counts, int device,
+                       void *stream);
+
+int vqfast_cuda_lookup_backward(vqfast_dtype dtype, vqfast_rows grad_quantized, const void *grad_error, vqfast_rows x,
+                                int64_t D, const void *codebook, int64_t K, const int64_t *indices, void *grad_x,
+                                int device, void *stream);
+
+/* N < 2^31. */
+int vqfast_cuda_codebook_stats_scratch(vqfast_dtype dtype, int64_t N, int64_t D, int64_t K, int64_t *bytes);
+int vqfast_cuda_codebook_stats(vqfast_dtype dtype, vqfast_rows x, int64_t D, const int64_t *indices,
+                               const void *weights, int64_t K, void *counts, void *sums, void *scratch, int device,
+                               void *stream);
+
+int vqfast_cuda_uniform_q_sample(const int64_t *x0, const int64_t *t, const double *alpha_bar, int64_t T, int64_t B,
+                                 int64_t L, int64_t K, const int64_t *key, int64_t *x_t, int device, void *stream);
+
+int vqfast_cuda_uniform_diffusion_loss(vqfast_dtype dtype, const void *logits, const int64_t *x0, const int64_t *x_t,
+                                       const int64_t *t, const int64_t *s, const double *alpha_bar, int64_t T,
+                                       int64_t B, int64_t L, int64_t K, const double *scale, double aux_weight,
+                                       void *loss, void *grad, int device, void *stream);
+
+int vqfast_cuda_scale_rows(vqfast_dtype dtype, void *rows, int64_t R, int64_t K, const void *scale, int64_t stride,
+                           int device, void *stream);
+
+int vqfast_cuda_uniform_p_sample(vqfast_dtype dtype, const void *logits, const int64_t *x_t, const int64_t *t,
+                                 const int64_t *s, const double *alpha_bar, int64_t T, int64_t B, int64_t L, int64_t K,
+                                 const int64_t *known, double temperature, const int64_t *key, int64_t *x_s, int device,
+                                 void *stream);
+
 #ifdef __cplusplus
 }
 #endif

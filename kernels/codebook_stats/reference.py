@@ -4,9 +4,7 @@ import torch
 from torch import Tensor
 
 
-def codebook_stats(
-    x: Tensor, indices: Tensor, weights: Tensor | None, codebook_size: int
-) -> tuple[Tensor, Tensor]:
+def codebook_stats(x: Tensor, indices: Tensor, weights: Tensor | None, codebook_size: int) -> tuple[Tensor, Tensor]:
     """
     Args:
         x: (..., D) vectors.

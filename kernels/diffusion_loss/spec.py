@@ -43,8 +43,13 @@ def check(got: tuple[Tensor, Tensor], args: tuple) -> None:
     if with_grad:
         want = uniform_diffusion_loss_grad(wide, x0, x_t, t, s, alpha_bar, aux_weight) * scale[:, None, None]
         tolerance = GRAD_TOLERANCE[logits.dtype]
-        assert_close(got[1], want, rtol=tolerance, atol=2e-6 if tolerance > 1e-6 else tolerance,
-                     what="uniform_diffusion_loss: gradient")
+        assert_close(
+            got[1],
+            want,
+            rtol=tolerance,
+            atol=2e-6 if tolerance > 1e-6 else tolerance,
+            what="uniform_diffusion_loss: gradient",
+        )
 
 
 TEST_SHAPES = (
@@ -67,4 +72,3 @@ SPEC = Spec(
     bytes_moved=lambda s, dtype: 2 * s["B"] * s["L"] * s["K"] * dtype.itemsize,
     flops=lambda s: 20 * s["B"] * s["L"] * s["K"],
 )
-

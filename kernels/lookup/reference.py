@@ -27,9 +27,7 @@ def lookup(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor
     return quantized, torch.where(kept, error, 0), counts[:-1]
 
 
-def lookup_backward(
-    grad_quantized: Tensor, grad_error: Tensor, x: Tensor, codebook: Tensor, indices: Tensor
-) -> Tensor:
+def lookup_backward(grad_quantized: Tensor, grad_error: Tensor, x: Tensor, codebook: Tensor, indices: Tensor) -> Tensor:
     """Gradient of a straight-through lookup to its input: grad_quantized + 2 grad_error (x - code).
 
     Args:

@@ -81,7 +81,10 @@ def test_scale_rows_multiplies_each_row_in_place_and_leaves_rows_of_scale_one(ba
 
 class TestChoosing:
     def test_unknown_backend_lists_those_available(self):
-        with pytest.raises(ValueError, match=r"'cudnn' does not exist; available.*cpu.*reference"), vqfast.backend("cudnn"):
+        with (
+            pytest.raises(ValueError, match=r"'cudnn' does not exist; available.*cpu.*reference"),
+            vqfast.backend("cudnn"),
+        ):
             pass
 
     def test_missing_backend_says_why(self, monkeypatch):

@@ -36,8 +36,8 @@ class TestNearest:
         codes = torch.randn(20, 9)
         codes[15], codes[7] = codes[3], codes[3]
         assert nearest_code(codes[[3, 7, 15]], codes).tolist() == [3, 3, 3]
-        midway = (codes[4] + codes[4]) / 2
-        assert nearest_code(midway[None], torch.stack([midway + 1, midway - 1, midway + 1])).tolist() == [0]
+        midway = torch.arange(9.0)
+        assert nearest_code(midway[None], torch.stack([midway + 2, midway + 1, midway - 1])).tolist() == [1]
 
     def test_nan_and_infinite_rows_get_index_zero(self, backend):
         x, codes = torch.randn(6, 5), torch.randn(12, 5)

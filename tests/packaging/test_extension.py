@@ -74,9 +74,8 @@ def test_doctor_names_every_backend_and_the_reason_where_one_is_off():
 def test_wheel_holds_the_kernels_and_imports_without_a_compiler(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
-    for name in subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines():  # fmt: skip
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.check_output(listing, cwd=ROOT, text=True).splitlines():
         if name.startswith(("csrc/", "kernels/", "vqfast/")) or "/" not in name:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, source / name)
@@ -94,7 +93,8 @@ def test_wheel_holds_the_kernels_and_imports_without_a_compiler(tmp_path):
     assert not any("_cuda." in n or n.startswith(("tests/", "bench/")) for n in names)
     run = subprocess.run(
         [sys.executable, "-c", "import vqfast, vqfast.kernels.specs as s; print(vqfast.__file__, len(s.SPECS))"],
-        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "/nonexistent"}, capture_output=True, text=True, cwd=tmp_path,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "/nonexistent"}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith(str(tmp_path / "site"))

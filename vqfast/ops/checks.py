@@ -50,9 +50,7 @@ def check_codebook(x: Any, codebook: Any) -> None:
     if codebook.ndim != 2:
         raise ValueError(f"codebook: expected two dimensions (K, D), got {describe(codebook)}")
     if x.shape[-1] != codebook.shape[-1]:
-        raise ValueError(
-            f"codebook: expected D = {x.shape[-1]} as in x {tuple(x.shape)}, got {describe(codebook)}"
-        )
+        raise ValueError(f"codebook: expected D = {x.shape[-1]} as in x {tuple(x.shape)}, got {describe(codebook)}")
     if codebook.shape[0] == 0 or codebook.shape[1] == 0:
         raise ValueError(f"codebook: expected at least one code and one dimension, got {describe(codebook)}")
     if x.dtype != codebook.dtype:
@@ -65,9 +63,7 @@ def _check_range(name: str, value: Tensor, low: int, high: int, meaning: str) ->
         return
     smallest, largest = (int(v) for v in torch.aminmax(value))
     if smallest < low or largest > high:
-        raise ValueError(
-            f"{name}: expected values in {low}..{high} ({meaning}), got {smallest}..{largest}"
-        )
+        raise ValueError(f"{name}: expected values in {low}..{high} ({meaning}), got {smallest}..{largest}")
 
 
 def _indices(indices: Tensor, codebook_size: int) -> None:

@@ -40,15 +40,11 @@ def _check_logits(logits: Tensor, transition: Uniform) -> tuple[int, int]:
     if logits.ndim != 3:
         raise ValueError(f"logits: expected three dimensions (B, L, K), got {describe(logits)}")
     if logits.shape[-1] != transition.codebook_size:
-        raise ValueError(
-            f"logits: expected K = {transition.codebook_size} of {transition}, got {describe(logits)}"
-        )
+        raise ValueError(f"logits: expected K = {transition.codebook_size} of {transition}, got {describe(logits)}")
     return logits.shape[0], logits.shape[1]
 
 
-def q_sample(
-    x0: Tensor, t: int | Tensor, transition: Uniform, *, generator: torch.Generator | None = None
-) -> Tensor:
+def q_sample(x0: Tensor, t: int | Tensor, transition: Uniform, *, generator: torch.Generator | None = None) -> Tensor:
     """Noise clean codes to level t: x_t ~ q(x_t | x_0).
 
     Hoogeboom et al. 2021 (Multinomial Diffusion), eq. 12.
@@ -81,9 +77,7 @@ class _DiffusionLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, x0, x_t, t, s, alpha_bar, scale, aux_weight, reduce):
-        loss, grad = _diffusion_loss(
-            logits, x0, x_t, t, s, alpha_bar, scale, aux_weight, ctx.needs_input_grad[0]
-        )
+        loss, grad = _diffusion_loss(logits, x0, x_t, t, s, alpha_bar, scale, aux_weight, ctx.needs_input_grad[0])
         ctx.save_for_backward(grad)
         ctx.tokens = x0.shape
         loss = loss * scale.to(loss.dtype)[:, None]
@@ -151,9 +145,7 @@ def diffusion_loss(
     else:
         scale = weights.detach().double() * share
     alpha_bar = transition.alpha_bar_on(logits.device)
-    return _DiffusionLoss.apply(
-        logits, x0, x_t, t, s, alpha_bar, scale, float(aux_weight), reduction != "none"
-    )
+    return _DiffusionLoss.apply(logits, x0, x_t, t, s, alpha_bar, scale, float(aux_weight), reduction != "none")
 
 
 def p_sample(

@@ -14,13 +14,13 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from vqfast.ops import schema
 from vqfast.ops.backends import cpu, cuda, reference, triton
 from vqfast.ops.checks import check_values
 
-BACKENDS: dict[str, ModuleType] = {
-    b.NAME: b for b in sorted((cuda, triton, cpu, reference), key=lambda b: -b.PRIORITY)
-}
+BACKENDS: dict[str, ModuleType] = {b.NAME: b for b in sorted((cuda, triton, cpu, reference), key=lambda b: -b.PRIORITY)}
 
 # Process-wide rather than per thread: autograd runs the backward of CUDA ops in threads of its own.
 _forced: str | None = None
@@ -31,9 +31,7 @@ def status(device_type: str) -> dict[str, str | None]:
     """Backend name -> None where it can run on this kind of device, else the reason why not."""
     return {
         name: (
-            b.unavailable(device_type)
-            if device_type in b.DEVICES
-            else f"takes {' and '.join(b.DEVICES)} tensors only"
+            b.unavailable(device_type) if device_type in b.DEVICES else f"takes {' and '.join(b.DEVICES)} tensors only"
         )
         for name, b in BACKENDS.items()
     }
@@ -97,7 +95,12 @@ def _dispatcher(op: str, device_type: str) -> Callable[..., Any]:
         check_values(op, args)
         return select(op, device_type, args)(*args)
 
-    return run
+    def run_in_place(*args: Any) -> None:
+        run(*args)
+        # A kernel writes through a raw pointer: without this autograd would not see that a saved tensor has changed.
+        torch.autograd.graph.increment_version(args[0])
+
+    return run_in_place if op.endswith("_") else run
 
 
 for _op in schema.OPS:

@@ -37,9 +37,7 @@ def _lookup_backward(
     return x.new_empty(x.shape)
 
 
-def _codebook_stats(
-    x: Tensor, indices: Tensor, weights: Tensor | None, codebook_size: int
-) -> tuple[Tensor, Tensor]:
+def _codebook_stats(x: Tensor, indices: Tensor, weights: Tensor | None, codebook_size: int) -> tuple[Tensor, Tensor]:
     dtype = _accumulator(x)
     return x.new_empty(codebook_size, dtype=dtype), x.new_empty(codebook_size, x.shape[-1], dtype=dtype)
 

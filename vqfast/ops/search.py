@@ -73,9 +73,7 @@ class _Lookup(torch.autograd.Function):
             counts, sums = _codebook_stats(x, indices, weight, codebook.shape[0])
             grad_codebook = counts[:, None] * codebook - sums
             if not ctx.straight_through:
-                grad_codebook = grad_codebook + _codebook_stats(
-                    grad_quantized, indices, None, codebook.shape[0]
-                )[1]
+                grad_codebook = grad_codebook + _codebook_stats(grad_quantized, indices, None, codebook.shape[0])[1]
             grad_codebook = grad_codebook.to(codebook.dtype)
         return grad_x, grad_codebook, None, None, None, None
 
@@ -148,8 +146,6 @@ def codebook_stats(
     if weights is not None:
         check_float("weights", weights)
         if weights.shape != indices.shape:
-            raise ValueError(
-                f"weights: expected the shape of indices, {tuple(indices.shape)}, got {describe(weights)}"
-            )
+            raise ValueError(f"weights: expected the shape of indices, {tuple(indices.shape)}, got {describe(weights)}")
     check_device("x", x, indices=indices, weights=weights)
     return _codebook_stats(x.detach(), indices, None if weights is None else weights.detach(), codebook_size)

@@ -1,0 +1,26 @@
+// Memory of kernels, aligned to cache lines.
+#pragma once
+
+#include <stdint.h>
+
+#include <cstdlib>
+#include <memory>
+
+namespace vqfast {
+
+constexpr int64_t kCacheLine = 64;
+
+struct Free {
+  void operator()(void *p) const { std::free(p); }
+};
+template <class T>
+using Buffer = std::unique_ptr<T[], Free>;
+
+// n elements, not initialised; null if there is no memory.
+template <class T>
+Buffer<T> buffer(int64_t n) {
+  const size_t bytes = ((n > 0 ? n : 1) * sizeof(T) + kCacheLine - 1) / kCacheLine * kCacheLine;
+  return Buffer<T>(static_cast<T *>(std::aligned_alloc(kCacheLine, bytes)));
+}
+
+}  // namespace vqfast

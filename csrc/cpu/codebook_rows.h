@@ -1,0 +1,93 @@
+// Single vectors of D elements against a code: squared error, gradient, weighted sum.
+#pragma once
+
+#include "simd_elements.h"
+
+namespace vqfast::VQFAST_ISA {
+
+template <class T>
+static double squared_error_of(const T *x, const T *code, int64_t D) {
+  typename Wide<T>::vector even = {}, odd = {};
+  int64_t d = 0;
+  for (; d + 2 * kWidth<T> <= D; d += 2 * kWidth<T>) {
+    const auto a = load(x + d) - load(code + d), b = load(x + d + kWidth<T>) - load(code + d + kWidth<T>);
+    even += a * a;
+    odd += b * b;
+  }
+  for (; d + kWidth<T> <= D; d += kWidth<T>) {
+    const auto a = load(x + d) - load(code + d);
+    even += a * a;
+  }
+  if (d < D) {
+    const auto a = load_part(x + d, D - d) - load_part(code + d, D - d);
+    odd += a * a;
+  }
+  return sum(even + odd);
+}
+
+// ||x - code||^2, accumulated in float32 (float64 for float64).
+static double squared_error(vqfast_dtype dtype, const void *x, const void *code, int64_t D) {
+  double error = 0;
+  with_element(dtype, [&](auto *type) { error = squared_error_of((decltype(type))x, (decltype(type))code, D); });
+  return error;
+}
+
+template <class T>
+static void lookup_grad_of(const T *grad, typename Wide<T>::scalar slope, const T *x, const T *code, int64_t D,
+                           void *out_row) {
+  T *out = (T *)out_row;
+  const auto factor = splat(slope);
+  int64_t d = 0;
+  for (; d + kWidth<T> <= D; d += kWidth<T>) store(out + d, load(grad + d) + factor * (load(x + d) - load(code + d)));
+  if (const int n = D - d)
+    store_part(out + d, load_part(grad + d, n) + factor * (load_part(x + d, n) - load_part(code + d, n)), n);
+}
+
+// out = grad + slope (x - code).
+static void lookup_grad(vqfast_dtype dtype, const void *grad, double slope, const void *x, const void *code, int64_t D,
+                        void *out) {
+  with_element(dtype, [&](auto *type) {
+    typedef decltype(type) Row;
+    lookup_grad_of((Row)grad, slope, (Row)x, (Row)code, D, out);
+  });
+}
+
+// Features d..d + kVectors kLanes - 1, their sums in registers.
+template <int kVectors, class T>
+static inline void add_columns(const void *const *rows, const double *weights, int64_t n, int64_t d, double *sums) {
+  vd total[kVectors][2];
+  for (int v = 0; v < kVectors; ++v) load_doubles(sums + d + v * kLanes, total[v]);
+  for (int64_t i = 0; i < n; ++i) {
+    const T *x = (const T *)rows[i] + d;
+    const vd weight = splat(weights[i]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      vd value[2];
+      load_doubles(x + v * kLanes, value);
+      total[v][0] += weight * value[0];
+      total[v][1] += weight * value[1];
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    store(sums + d + v * kLanes, total[v][0]);
+    store(sums + d + v * kLanes + kLanes / 2, total[v][1]);
+  }
+}
+
+template <class T>
+static void add_rows_of(const T *, const void *const *rows, const double *weights, int64_t n, int64_t D,
+                        double *sums) {
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= D; d += 4 * kLanes) add_columns<4, T>(rows, weights, n, d, sums);
+  for (; d + kLanes <= D; d += kLanes) add_columns<1, T>(rows, weights, n, d, sums);
+  for (; d < D; ++d)
+    for (int64_t i = 0; i < n; ++i) sums[d] += weights[i] * widen(((const T *)rows[i])[d]);
+}
+
+// sums[d] += sum over i of weights[i] rows[i][d], in float64 and in that order.
+static void add_rows(vqfast_dtype dtype, const void *const *rows, const double *weights, int64_t n, int64_t D,
+                     double *sums) {
+  with_element(dtype, [&](auto *type) { add_rows_of(type, rows, weights, n, D, sums); });
+}
+
+}  // namespace vqfast::VQFAST_ISA

@@ -1,0 +1,118 @@
+// The passes over a row of K scores, in float32 (SIMD, for float32, bfloat16 and float16 logits) or in float64.
+// diffusion_rows.h says what each does.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "buffer.h"
+#include "dispatch.h"
+
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
+namespace vqfast {
+
+// While one lives, this thread's results below the smallest normal number are 0: else each would cost a hundred cycles,
+// and sharp logits have many.
+class FlushSubnormals {
+ public:
+#if defined(__SSE__)
+  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushSubnormals() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#endif
+};
+
+class FloatPasses {
+ public:
+  typedef float Real;
+  explicit FloatPasses(vqfast_dtype dtype) : dtype_(dtype), size_(dtype == VQFAST_F32 ? 4 : 2), isa_(kernels()) {}
+
+  int64_t padded(int64_t K) const { return (K + isa_.lanes - 1) / isa_.lanes * isa_.lanes; }
+  int64_t size() const { return size_; }
+  float load(const void *row, int64_t K, float *scores) const { return isa_.load_scores(dtype_, row, K, scores); }
+  double exp(float *scores, int64_t n, float largest, double temperature, double *sums, const char *next) const {
+    // At most 1e30: the largest score minus itself, times infinity, would be NaN.
+    return isa_.exp_scores(scores, n, largest, (float)std::min(1 / temperature, 1e30), sums, next,
+                           (int)size_);
+  }
+  double log1p(const float *weights, int64_t n, double ratio, float *shares, double *curvature) const {
+    return isa_.log1p_scores(weights, n, (float)ratio, shares, curvature);
+  }
+  void grad(float *weights, int64_t n, double base, double slope, const float *shares) const {
+    isa_.grad_scores(weights, n, (float)base, (float)slope, shares);
+  }
+  void store(const float *scores, int64_t K, void *row, bool past_caches) const {
+    isa_.store_scores(dtype_, scores, K, row, past_caches);
+  }
+
+ private:
+  FlushSubnormals flush_;
+  vqfast_dtype dtype_;
+  int64_t size_;
+  const Kernels &isa_;
+};
+
+class DoublePasses {
+ public:
+  typedef double Real;
+  explicit DoublePasses(vqfast_dtype) {}
+
+  int64_t padded(int64_t K) const { return K; }
+  int64_t size() const { return 8; }
+  double load(const void *row, int64_t K, double *scores) const {
+    double largest = -std::numeric_limits<double>::infinity();
+    for (int64_t k = 0; k < K; ++k) {
+      scores[k] = ((const double *)row)[k];
+      largest = scores[k] > largest ? scores[k] : largest;
+    }
+    return largest;
+  }
+  double exp(double *scores, int64_t n, double largest, double temperature, double *sums, const char *) const {
+    double total = 0;
+    for (int64_t first = 0; first < n; first += kBlockCodes) {
+      double block = 0;
+      for (int64_t k = first; k < std::min(first + kBlockCodes, n); ++k)
+        block += scores[k] = std::exp((scores[k] - largest) / temperature);
+      total += *sums++ = block;
+    }
+    return total;
+  }
+  double log1p(const double *weights, int64_t n, double ratio, double *shares, double *curvature) const {
+    double logs = 0, total = 0;
+    for (int64_t k = 0; k < n; ++k) {
+      const double r = ratio * weights[k];
+      logs += std::log1p(r) - r;
+      if (!shares) continue;
+      shares[k] = r / (1 + r);
+      total += r * shares[k];
+    }
+    if (shares) *curvature = total;
+    return logs;
+  }
+  void grad(double *weights, int64_t n, double base, double slope, const double *shares) const {
+    for (int64_t k = 0; k < n; ++k) weights[k] *= shares ? base + slope * shares[k] : base;
+  }
+  void store(const double *scores, int64_t K, void *row, bool) const {
+    std::copy(scores, scores + K, (double *)row);
+  }
+};
+
+// Calls body(passes type): FloatPasses or DoublePasses; VQFAST_BAD_DTYPE for an unknown dtype.
+template <class Body>
+int with_passes(vqfast_dtype dtype, Body body) {
+  switch (dtype) {
+    case VQFAST_F64: return body((DoublePasses *)nullptr);
+    case VQFAST_F32:
+    case VQFAST_BF16:
+    case VQFAST_F16: return body((FloatPasses *)nullptr);
+  }
+  return VQFAST_BAD_DTYPE;
+}
+
+}  // namespace vqfast

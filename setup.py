@@ -24,11 +24,13 @@ SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 BUILD = ROOT / "build" / f"ninja-{sysconfig.get_config_var('SOABI')}"
 
 # One file per instruction set, each with flags of its own. They multiply and add in one rounding; the rest may not.
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512 -ffp-contract=fast"
 ISA_FLAGS = {
     "isa_generic": "-ffp-contract=fast",
     "isa_avx2": "-mavx2 -mfma -mf16c -ffp-contract=fast",
-    "isa_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512 "
-    "-ffp-contract=fast",
+    "isa_avx512": AVX512,
+    "isa_avx512bf16": f"{AVX512} -mavx512bf16",
+    "isa_amx": f"{AVX512} -mamx-tile -mamx-bf16",
 }
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 

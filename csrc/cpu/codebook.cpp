@@ -12,10 +12,7 @@
 namespace vqfast {
 namespace {
 
-constexpr int64_t kParallelElements = 1 << 15;  // below, starting the threads costs more than they save
 constexpr int64_t kTileRows = 32;
-
-int64_t element_size(vqfast_dtype dtype) { return dtype == VQFAST_F64 ? 8 : dtype == VQFAST_F32 ? 4 : 2; }
 
 double accumulator_at(vqfast_dtype dtype, const void *values, int64_t i) {
   return dtype == VQFAST_F64 ? ((const double *)values)[i] : ((const float *)values)[i];

@@ -23,6 +23,8 @@ static inline float widen(bf16 v) {
   return out;
 }
 
+static inline int64_t element_size(vqfast_dtype dtype) { return dtype == VQFAST_F64 ? 8 : dtype == VQFAST_F32 ? 4 : 2; }
+
 // Calls body(T *) with a null pointer of the element type; false for an unknown dtype.
 template <class Body>
 static inline bool with_element(vqfast_dtype dtype, Body body) {

@@ -1,10 +1,11 @@
-// Loss of a uniform-diffusion step with its gradient: one read of the logits, one write of the gradient, no K x K matrix.
+// Loss of a uniform-diffusion step and its gradient: one read of the logits, one write of the gradient.
 // kernels/diffusion_loss/README.md derives the formulas.
 #include <cmath>
 #include <limits>
 #include <type_traits>
 
 #include "buffer.h"
+#include "convert.h"
 #include "dispatch.h"
 #include "score_passes.h"
 #include "vqfast.h"
@@ -17,8 +18,7 @@
 namespace vqfast {
 namespace {
 
-constexpr int64_t kParallelElements = 1 << 15;  // below, starting the threads costs more than they save
-constexpr int64_t kStreamBytes = 4 << 20;       // a gradient larger than the second-level caches goes past them
+constexpr int64_t kStreamBytes = 4 << 20;  // a gradient larger than the second-level caches goes past them
 
 // One step of the chain: x_s given x_0 is `signal` [x_s = x_0] + `noise`, x_t given x_s is `stay` [x_t = x_s] + `move`.
 struct Step {
@@ -85,27 +85,26 @@ struct Gradient {
 };
 
 Gradient gradient(const Step &c, const Prediction &x, bool stayed, double aux_weight) {
-  const double evidence = c.move + c.stay * ((stayed ? c.signal : 0) + c.noise);
-  const double predicted = c.move + c.stay * ((stayed ? c.signal * x.p : c.signal * x.p_t) + c.noise);
   const double p_t = stayed ? x.p : x.p_t;
+  const double predicted = c.move + c.stay * (c.signal * p_t + c.noise);
   const double seen = predicted > 0 ? c.stay * c.signal * p_t / predicted : 1;
-  Gradient g = {};
-  double of_x0 = 1, of_x_t = 0;  // q_k r_k / (1 + r_k), for x_t without what it has in common with any code
-  double share_t = 0;
-  g.slope = 0;
-  double sum = 1;
+  // Sum of q_k r_k / (1 + r_k), q the true posterior. Without noise it is 1, all of it at x_0.
+  double sum = 1, of_x0 = 1, of_x_t = 0, share_t = 0, slope = 0;
   if (c.noise > 0) {
     const double ratio = c.signal / c.noise;
+    const double evidence = c.move + c.stay * ((stayed ? c.signal : 0) + c.noise);
     const auto share = [&](double p) { return ratio * p / (1 + ratio * p); };
     of_x0 = (c.move + (stayed ? c.stay : 0)) * (c.signal + c.noise) / evidence * share(x.p);
     share_t = stayed ? 0 : share(x.p_t);
-    of_x_t = c.stay * c.noise / evidence * share_t;
-    g.slope = c.move * c.signal / evidence;
-    sum = of_x0 + c.move * c.noise / evidence * (ratio * x.missed - x.curvature) + of_x_t;
+    of_x_t = c.stay * c.noise / evidence * share_t;  // beyond what x_t has as any other code
+    slope = c.move * c.signal / evidence;
+    sum = of_x0 + of_x_t + c.move * c.noise / evidence * (ratio * x.missed - x.curvature);
   }
-  g.base = sum - seen + aux_weight - g.slope;
+  Gradient g;
+  g.base = sum - seen + aux_weight - slope;
+  g.slope = slope;
   g.at_x0 = x.p * (sum - seen) - of_x0 + (stayed ? seen : 0) - aux_weight * x.missed;
-  g.at_x_t = x.p_t * (g.base + g.slope * share_t) - of_x_t + seen;
+  g.at_x_t = x.p_t * (g.base + slope * share_t) - of_x_t + seen;
   return g;
 }
 
@@ -164,7 +163,7 @@ struct Batch {
 
   int run(vqfast_dtype dtype) const {
     bool enough = true;
-    const int64_t bytes = B * L * K * Passes(dtype).size();
+    const int64_t bytes = B * L * K * element_size(dtype);
     const bool past_caches = bytes > kStreamBytes;
     if (grad && past_caches) prefer_large_pages(grad, bytes);
 #pragma omp parallel reduction(&& : enough) if (B * L * K > kParallelElements)
@@ -206,7 +205,7 @@ extern "C" int vqfast_cpu_scale_rows(vqfast_dtype dtype, void *rows, int64_t R, 
   };
   if (R == 0 || (stride == 0 && scale_of(0) == 1)) return VQFAST_OK;
   const Kernels &isa = kernels();
-  const int64_t bytes = K * (dtype == VQFAST_F64 ? 8 : dtype == VQFAST_F32 ? 4 : 2);
+  const int64_t bytes = K * element_size(dtype);
 #pragma omp parallel for schedule(static) if (R * K > kParallelElements)
   for (int64_t r = 0; r < R; ++r) {
     const double by = scale_of(r);

@@ -10,7 +10,6 @@
 namespace vqfast {
 namespace {
 
-constexpr int64_t kParallelElements = 1 << 15;  // below, starting the threads costs more than they save
 constexpr int64_t kDrawElements = 32;           // a draw takes as long as this many elements of a pass
 
 // The first code whose cumulative weight exceeds the target; the last that has any weight if rounding leaves none.

@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 
+#include "score_engine.h"
 #include "vqfast.h"
 
 namespace vqfast {
@@ -11,15 +12,12 @@ struct Kernels {
   const char *name;
   int lanes;
 
-  // nearest_score.h, nearest_pack.h
-  int tile_rows;    // rows of x that are scored together
-  int panel_codes;  // codes that are packed together
-  void (*pack)(vqfast_dtype dtype, const void *rows, int64_t stride_row, int64_t stride_feature, int64_t n, int width,
-               int64_t D, const double *mean, double scale, float *packed, double *norm, double *exact_norm);
-  void (*score)(const float *tile, const float *panels, const float *bias, int64_t D, int64_t n_panels,
-                int64_t first_code, float *best, float *second, int32_t *index);
-  void (*score_all)(const float *tile, const float *panels, const float *bias, int64_t D, int64_t n_panels,
-                    int64_t stride, float *scores);
+  // nearest_float32.h; nearest_bf16.h or nearest_amx.h, or null
+  const ScoreEngine *float32, *bfloat16;
+
+  // nearest_decide.h
+  int64_t (*find_scores)(const float *scores, int64_t n, float threshold, int32_t *found);
+  double (*distance)(vqfast_dtype dtype, const double *row, const void *code, double scale, int64_t D);
 
   // codebook_rows.h
   double (*squared_error)(vqfast_dtype dtype, const void *x, const void *code, int64_t D);
@@ -40,7 +38,10 @@ struct Kernels {
 
 constexpr int64_t kBlockCodes = 64;  // codes whose probabilities exp_scores sums up together
 
-// The set in use: the widest that this processor has, or the one that VQFAST_ISA names (avx512, avx2, generic).
+constexpr int64_t kParallelElements = 1 << 15;  // below, starting the threads costs more than they save
+
+// The set in use: the widest that this processor has, or the one that VQFAST_ISA names (amx, avx512bf16,
+// avx512, avx2, generic).
 // If VQFAST_ISA names one that is unknown or that this processor lacks, isa_error() says so and the widest is used.
 const Kernels &kernels();
 const char *isa_error();

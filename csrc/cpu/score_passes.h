@@ -6,7 +6,7 @@
 #include <cmath>
 #include <limits>
 
-#include "buffer.h"
+#include "convert.h"
 #include "dispatch.h"
 
 #if defined(__SSE__)
@@ -31,7 +31,7 @@ class FlushSubnormals {
 class FloatPasses {
  public:
   typedef float Real;
-  explicit FloatPasses(vqfast_dtype dtype) : dtype_(dtype), size_(dtype == VQFAST_F32 ? 4 : 2), isa_(kernels()) {}
+  explicit FloatPasses(vqfast_dtype dtype) : dtype_(dtype), size_(element_size(dtype)), isa_(kernels()) {}
 
   int64_t padded(int64_t K) const { return (K + isa_.lanes - 1) / isa_.lanes * isa_.lanes; }
   int64_t size() const { return size_; }

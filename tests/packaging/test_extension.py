@@ -24,19 +24,22 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("isa", ["isa_generic", "isa_avx2", "isa_avx512"])
+ISAS = ["generic", "avx2", "avx512", "avx512bf16", "amx"]
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_files_with_their_own_instruction_set_export_no_weak_symbol(isa):
     """The linker keeps one copy of a weak symbol: it could be the one that a lesser processor cannot run."""
-    objects = BUILD / f"{isa}.o"
+    objects = BUILD / f"isa_{isa}.o"
     if not objects.exists():
         pytest.skip(f"{objects.name} is not in {BUILD.relative_to(ROOT)}: vqfast was installed from a wheel")
     symbols = subprocess.run(["nm", "-C", str(objects)], capture_output=True, text=True, check=True).stdout
     weak = [line for line in symbols.splitlines() if re.match(r"^[0-9a-f]+ [VWu] ", line)]
     assert weak == []
-    assert "table" in symbols
+    assert f"vqfast::{isa}::" in symbols
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_of_this_processor_gives_the_same_indices(isa):
     code = (
         "import torch, vqfast\nfrom vqfast import _cpu\n"

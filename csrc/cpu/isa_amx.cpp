@@ -1,0 +1,3 @@
+#define VQFAST_ISA amx
+#define VQFAST_LANES 16
+#include "nearest_amx.h"

@@ -1,0 +1,88 @@
+// Scores from bfloat16 products with float32 sums, by AVX512-BF16's vdpbf16ps: two features a step, otherwise as
+// nearest_float32.h. The products of bfloat16 values are exact in float32.
+#pragma once
+
+#include <immintrin.h>
+
+#include "bfloat16.h"
+#include "nearest_lanes.h"
+#include "nearest_pack.h"
+
+namespace vqfast::VQFAST_ISA::bf16_pairs {
+
+constexpr int kTileRows = 12;
+constexpr int kPanelCodes = 32;
+
+namespace {
+template <int width>
+struct Layout {
+  typedef uint16_t Value;
+  static uint16_t narrow(float v) { return to_bfloat16(v); }
+  static float widen(uint16_t v) { return from_bfloat16(v); }
+  static void put(uint16_t *packed, int64_t i, int64_t d0, int m, const uint16_t *values) {
+    for (int j = 0; j < m; ++j) packed[((d0 + j) / 2 * width + i) * 2 + (d0 + j) % 2] = values[j];
+  }
+};
+}  // namespace
+
+template <int width>
+static void pack(vqfast_dtype dtype, const void *rows, int64_t stride_row, int64_t stride_feature, int64_t n,
+                 int64_t D, const double *mean, double scale, void *packed, PackedNorm *norms) {
+  pack_vectors<Layout<width>>(dtype, rows, stride_row, stride_feature, n, D, mean, scale, packed,
+                              (D + 1) / 2 * 4 * width, norms);
+}
+
+static inline __attribute__((always_inline)) void score_panel(const uint32_t *tile, const uint32_t *panel,
+                                                              const float *bias, int64_t pairs,
+                                                              vf (&a)[kTileRows][2]) {
+  __m512 sums[kTileRows][2];
+  const __m512 b0 = _mm512_loadu_ps(bias), b1 = _mm512_loadu_ps(bias + kLanes);
+#pragma GCC unroll 12
+  for (int r = 0; r < kTileRows; ++r) sums[r][0] = b0, sums[r][1] = b1;
+  for (int64_t d = 0; d < pairs; ++d, panel += kPanelCodes, tile += kTileRows) {
+    const __m512bh c0 = (__m512bh)_mm512_loadu_si512(panel), c1 = (__m512bh)_mm512_loadu_si512(panel + kLanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < kTileRows; ++r) {
+      const __m512bh value = (__m512bh)_mm512_set1_epi32((int)tile[r]);
+      sums[r][0] = _mm512_dpbf16_ps(sums[r][0], value, c0);
+      sums[r][1] = _mm512_dpbf16_ps(sums[r][1], value, c1);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < kTileRows; ++r) a[r][0] = (vf)sums[r][0], a[r][1] = (vf)sums[r][1];
+}
+
+static void score(const void *tile, const void *panels, const float *bias, int64_t D, int64_t n_panels,
+                  int64_t first_code, float *best, float *second, int32_t *index) {
+  vi code = first_codes(first_code);
+  const int64_t pairs = (D + 1) / 2;
+  const uint32_t *panel = (const uint32_t *)panels;
+  for (int64_t p = 0; p < n_panels; ++p, panel += pairs * kPanelCodes, bias += kPanelCodes, code += kPanelCodes) {
+    vf a[kTileRows][2];
+    score_panel((const uint32_t *)tile, panel, bias, pairs, a);
+#pragma GCC unroll 12
+    for (int r = 0; r < kTileRows; ++r)
+      take_scores<2>(a[r], code, best + r * kLanes, second + r * kLanes, index + r * kLanes);
+  }
+}
+
+static void score_all(const void *tile, const void *panels, const float *bias, int64_t D, int64_t n_panels,
+                      int64_t stride, float *scores) {
+  const int64_t pairs = (D + 1) / 2;
+  const uint32_t *panel = (const uint32_t *)panels;
+  for (int64_t p = 0; p < n_panels; ++p, panel += pairs * kPanelCodes, bias += kPanelCodes, scores += kPanelCodes) {
+    vf a[kTileRows][2];
+    score_panel((const uint32_t *)tile, panel, bias, pairs, a);
+    for (int r = 0; r < kTileRows; ++r) {
+      store(scores + r * stride, a[r][0]);
+      store(scores + r * stride + kLanes, a[r][1]);
+    }
+  }
+}
+
+extern const ScoreEngine engine;
+const ScoreEngine engine = {
+    "bfloat16", kLanes, kTileRows, kPanelCodes, 2, 2, 16, pack<kTileRows>, pack<kPanelCodes>, score, score_all, nullptr, nullptr,
+};
+
+}  // namespace vqfast::VQFAST_ISA::bf16_pairs

@@ -1,0 +1,50 @@
+// One way to score codes against rows: a number format, how it is packed, the loops over it.
+#pragma once
+
+#include <stdint.h>
+
+#include "vqfast.h"
+
+namespace vqfast {
+
+// Squared norms of one packed vector, in float64: as packed, before the rounding to the format, and of the difference.
+// Any of them is NaN or infinite if a component was.
+struct PackedNorm {
+  double rounded, exact, residual;
+};
+
+struct ScoreEngine {
+  const char *name;
+  int lanes;           // running maxima that a row keeps
+  int tile_rows;       // rows that are scored together
+  int panel_codes;     // codes that are packed together
+  int element_size;    // bytes of a packed value
+  int feature_block;   // features are padded with zeros to a multiple of this
+  int least_features;  // with fewer the float32 engine is faster
+
+  // Packs scale (v - mean) of n vectors, n <= tile_rows or panel_codes; the places after them are zero.
+  void (*pack_tile)(vqfast_dtype dtype, const void *rows, int64_t stride_row, int64_t stride_feature, int64_t n,
+                    int64_t D, const double *mean, double scale, void *tile, PackedNorm *norms);
+  void (*pack_panel)(vqfast_dtype dtype, const void *rows, int64_t stride_row, int64_t stride_feature, int64_t n,
+                     int64_t D, const double *mean, double scale, void *panel, PackedNorm *norms);
+
+  // A tile against n_panels panels. best, second and index hold `lanes` values a row: the largest and the second largest
+  // score that each lane has met, and the code of the largest. They are read and written, so that a codebook can be
+  // gone through in parts.
+  void (*score)(const void *tile, const void *panels, const float *bias, int64_t D, int64_t n_panels,
+                int64_t first_code, float *best, float *second, int32_t *index);
+
+  // The same scores, bit for bit, all of them: scores[r * stride + code].
+  void (*score_all)(const void *tile, const void *panels, const float *bias, int64_t D, int64_t n_panels,
+                    int64_t stride, float *scores);
+
+  // What a thread must do before it scores and after; `saved` is 64 bytes of its own. Null where there is nothing.
+  void (*begin)(void *saved);
+  void (*end)(const void *saved);
+
+  int64_t padded(int64_t D) const { return (D + feature_block - 1) / feature_block * feature_block; }
+  int64_t tile_bytes(int64_t D) const { return padded(D) * tile_rows * element_size; }
+  int64_t panel_bytes(int64_t D) const { return padded(D) * panel_codes * element_size; }
+};
+
+}  // namespace vqfast

@@ -51,7 +51,8 @@ def uniform_diffusion_loss(
     # 0 log 0 = 0: both logarithms are replaced before the product, so that no gradient meets 0 * inf either.
     possible = true > 0
     kl = (true * (log_true.where(possible, 0) - log_model.where(possible, 0))).sum(-1)
-    return kl - aux_weight * log_p.gather(-1, x0[..., None])[..., 0]
+    # Left out at weight 0, where an impossible x_0 would make it 0 * inf.
+    return kl - aux_weight * log_p.gather(-1, x0[..., None])[..., 0] if aux_weight else kl
 
 
 def uniform_diffusion_loss_grad(

@@ -1,0 +1,227 @@
+"""Every Triton kernel compiled ahead of time, as its launcher launches it: what it needs, what it is made of.
+
+`budget.json` records, for one version of Triton, the registers a thread uses, the bytes it spills and the shared memory
+of a program. `python test_compile.py` writes it anew, with what the compiler gives now.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vqfast.kernels.spec import Spec
+from vqfast.kernels.specs import SPECS
+from vqfast.ops.backends.triton import KERNELS
+
+triton = pytest.importorskip("triton")
+
+BUDGET = Path(__file__).with_name("budget.json")
+# Shared memory of one program, in bytes: CUDA C++ Programming Guide, 'Technical Specifications per Compute Capability'.
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+# float32 everywhere; bfloat16 where it means another instruction mix, on one target.
+TARGETS = [(80, torch.float32), (90, torch.float32), (100, torch.float32), (90, torch.bfloat16)]
+# Kernel -> instructions that it must, and must not, be made of. HMMA and the like would be TF32: not the products that
+# the bound of the search is about. Float64 where float32 was meant would be slow on most devices.
+INSTRUCTIONS = {
+    "_search_kernel": ({"FFMA"}, {"HMMA", "HGMMA", "UTCHMMA", "QGMMA", "DFMA", "DADD"}),
+    "_decide_kernel": ({"DFMA", "DADD"}, {"HMMA", "HGMMA", "UTCHMMA", "QGMMA"}),
+    "_lookup_kernel": (set(), {"DFMA", "DADD"}),
+    "_lookup_backward_kernel": (set(), {"DFMA", "DADD"}),
+    "_diffusion_loss_kernel": ({"MUFU"}, set()),
+    "_p_sample_kernel": ({"MUFU"}, set()),
+    # Integer arithmetic but for the comparison.
+    "_q_sample_kernel": ({"IMAD"}, {"DFMA", "HMMA"}),
+}
+# Spec op -> shapes, each of which launches other kernels, or the same with other constants.
+SHAPES = {
+    "nearest": [dict(N=128, K=1024, D=64), dict(N=128, K=100, D=65)],
+    "lookup": [dict(N=64, K=32, D=65)],
+    "lookup_backward": [dict(N=64, K=32, D=65)],
+    "codebook_stats": [dict(N=4000, K=32, D=256, weighted=True)],
+    "uniform_q_sample": [dict(B=2, L=8, K=32, T=10)],
+    "uniform_diffusion_loss": [dict(B=1, L=2, K=1024, T=10), dict(B=1, L=2, K=5000, T=10)],
+    "uniform_p_sample": [dict(B=1, L=2, K=1024, T=10, known=True), dict(B=1, L=2, K=5000, T=10)],
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: Any
+    arguments: tuple
+    options: dict
+
+
+@contextmanager
+def recorded_launches():
+    """The launches made inside the block, in a list; nothing runs, so that CPU tensors will do."""
+    launches: list[Launch] = []
+
+    def record(kernel, *arguments, grid, warmup, **options):
+        launches.append(Launch(kernel, arguments, options))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.runtime.jit.JITFunction, "run", record)
+        yield launches
+
+
+def compile_launch(launch: Launch, capability: int) -> Any:
+    """The kernel as the launch would have it compiled: same constants, and the same facts about alignment."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    params = launch.kernel.params
+    values = dict(zip((p.name for p in params), launch.arguments, strict=False))
+    values |= {p.name: launch.options[p.name] for p in params if p.name in launch.options}
+    options = {name: value for name, value in launch.options.items() if name not in values}
+    signature, constants, attributes = {}, {}, {}
+    for i, p in enumerate(params):
+        value = values[p.name]
+        specialized = isinstance(value, int) and not p.do_not_specialize
+        if p.is_constexpr or value is None or (specialized and value == 1):
+            signature[p.name], constants[(i,)] = "constexpr", value
+            continue
+        signature[p.name] = p.annotation_type or triton.runtime.jit.mangle_type(value)
+        if isinstance(value, torch.Tensor) or (specialized and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@dataclass(frozen=True)
+class Usage:
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    instructions: Counter
+
+
+def usage_of(compiled: Any) -> Usage:
+    """Read from the machine code by the disassembler that ships with Triton."""
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        dump = subprocess.run(
+            [cuobjdump, "-res-usage", "-sass", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", dump).groups()
+    # Address, an optional predicate, then the instruction up to its first modifier.
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", dump, re.MULTILINE)
+    return Usage(int(registers), int(stack), compiled.metadata.shared, Counter(instructions))
+
+
+def name_of(value: dict) -> str:
+    return ",".join(f"{key}={v}" for key, v in value.items())
+
+
+def scale_rows_launches() -> list[Launch]:
+    with recorded_launches() as launches:
+        KERNELS["scale_rows_"](torch.empty(2, 8, 1024), torch.empty(2, 8))
+    return launches
+
+
+def launches_of(spec: Spec, shape: dict, dtype: torch.dtype) -> list[Launch]:
+    with recorded_launches() as launches:
+        KERNELS[spec.op](*spec.inputs(shape, dtype, "cpu", 0))
+    return launches
+
+
+def cases() -> dict[str, tuple[Callable[[], list[Launch]], int]]:
+    """Name -> how to get the launches, and the target."""
+    found = {}
+    for capability, dtype in TARGETS:
+        target = f"sm_{capability}-{str(dtype).removeprefix('torch.')}"
+        for spec in SPECS:
+            # Tokens have one dtype.
+            if dtype != torch.float32 and spec.dtypes == (torch.int64,):
+                continue
+            for shape in SHAPES[spec.op] if capability == 90 and dtype == torch.float32 else SHAPES[spec.op][:1]:
+
+                def launches(spec: Spec = spec, shape: dict = shape, dtype: torch.dtype = dtype) -> list[Launch]:
+                    return launches_of(spec, shape, dtype)
+
+                found[f"{spec.op}-{target}-{name_of(shape)}"] = launches, capability
+        if dtype == torch.float32:
+            found[f"scale_rows_-{target}"] = scale_rows_launches, capability
+    return found
+
+
+CASES = cases()
+
+
+def usages(case: str) -> dict[str, Usage]:
+    """Kernel name -> what it uses, for each launch of a case."""
+    launches, capability = CASES[case]
+    return {launch.kernel.__name__: usage_of(compile_launch(launch, capability)) for launch in launches()}
+
+
+def record(case: str) -> dict[str, dict[str, int]]:
+    return {
+        kernel: dict(registers=u.registers, spilled_bytes=u.spilled_bytes, shared_bytes=u.shared_bytes)
+        for kernel, u in usages(case).items()
+    }
+
+
+@pytest.fixture(scope="session")
+def budget() -> dict[str, dict[str, dict[str, int]]]:
+    recorded = json.loads(BUDGET.read_text())
+    if recorded["triton"] != triton.__version__:
+        pytest.skip(f"budget.json was recorded with triton {recorded['triton']}, this is {triton.__version__}")
+    return recorded["cases"]
+
+
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing compiles")
+@pytest.mark.parametrize("case", CASES)
+def test_compiles_within_its_budget(case: str, budget: dict) -> None:
+    used = usages(case)
+    assert used.keys() == budget[case].keys()
+    for kernel, usage in used.items():
+        allowed = budget[case][kernel]
+        assert usage.registers <= allowed["registers"], kernel
+        assert usage.spilled_bytes <= allowed["spilled_bytes"], kernel
+        assert usage.shared_bytes <= min(allowed["shared_bytes"], SHARED_LIMIT[CASES[case][1]]), kernel
+        required, forbidden = INSTRUCTIONS.get(kernel, (set(), set()))
+        present = set(usage.instructions)
+        assert required <= present, f"{kernel}: without {required - present}"
+        assert not forbidden & present, f"{kernel}: {forbidden & present}"
+
+
+def test_nothing_in_the_budget_spills(budget: dict) -> None:
+    spilling = [
+        f"{case}: {kernel}"
+        for case, kernels in budget.items()
+        for kernel, allowed in kernels.items()
+        if allowed["spilled_bytes"]
+    ]
+    assert not spilling
+
+
+def _search_launch(N: int, K: int) -> Launch:
+    x = torch.empty(N, 64)
+    with recorded_launches() as launches:
+        KERNELS["nearest"](x, torch.empty(K, 64))
+    return launches[1]
+
+
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing compiles")
+def test_another_number_of_rows_or_codes_compiles_nothing_new() -> None:
+    """Same signature, constants and alignment: same source, hence the same entry in Triton's cache."""
+    first, second = (compile_launch(_search_launch(*size), 90) for size in ((1, 1), (4096, 777)))
+    assert first.hash == second.hash
+
+
+if __name__ == "__main__":
+    BUDGET.write_text(
+        json.dumps({"triton": triton.__version__, "cases": {case: record(case) for case in CASES}}, indent=2) + "\n"
+    )
+    sys.exit(0)

@@ -21,8 +21,6 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int64_t kPartBytes = 512 << 10;   // of panels gone through at a time: they stay in the second-level cache
 constexpr int64_t kChunkBytes = 192 << 10;  // of packed rows that share them
 
-int64_t element_size(vqfast_dtype dtype) { return dtype == VQFAST_F64 ? 8 : dtype == VQFAST_F32 ? 4 : 2; }
-
 // The codebook as a score engine reads it.
 struct Codes {
   const Kernels &isa;

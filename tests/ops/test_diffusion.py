@@ -169,6 +169,21 @@ class TestLoss:
             compiled.append(counter.frame_count)
         assert len(set(compiled)) == 1
 
+    def test_writes_no_gradient_where_none_is_asked_for(self, monkeypatch):
+        asked = []
+        kernel = registry.BACKENDS["reference"].KERNELS["uniform_diffusion_loss"]
+        monkeypatch.setitem(
+            registry.BACKENDS["reference"].KERNELS, "uniform_diffusion_loss", lambda *a: asked.append(a[-1]) or kernel(*a)
+        )
+        x0 = torch.zeros(2, 3, dtype=torch.int64)
+        logits = torch.randn(2, 3, K, requires_grad=True)
+        with vqfast.backend("reference"):
+            diffusion_loss(logits, x0, x0, 2, TRANSITION)
+            diffusion_loss(logits.detach(), x0, x0, 2, TRANSITION)
+            with torch.no_grad():
+                diffusion_loss(logits, x0, x0, 2, TRANSITION)
+        assert asked == [True, False, False]
+
     def test_float16_scaler_reaches_the_gradient(self, backend):
         logits = torch.randn(2, 3, K).half().requires_grad_()
         x0 = torch.zeros(2, 3, dtype=torch.int64)

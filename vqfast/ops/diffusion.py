@@ -76,8 +76,8 @@ class _DiffusionLoss(torch.autograd.Function):
     """Loss per token; its gradient, already times `scale`, is written in the forward pass that reads the logits."""
 
     @staticmethod
-    def forward(ctx, logits, x0, x_t, t, s, alpha_bar, scale, aux_weight, reduce):
-        loss, grad = _diffusion_loss(logits, x0, x_t, t, s, alpha_bar, scale, aux_weight, ctx.needs_input_grad[0])
+    def forward(ctx, logits, x0, x_t, t, s, alpha_bar, scale, aux_weight, reduce, with_grad):
+        loss, grad = _diffusion_loss(logits, x0, x_t, t, s, alpha_bar, scale, aux_weight, with_grad)
         ctx.save_for_backward(grad)
         ctx.tokens = x0.shape
         loss = loss * scale.to(loss.dtype)[:, None]
@@ -89,7 +89,7 @@ class _DiffusionLoss(torch.autograd.Function):
         # In place, and without a pass over memory where the incoming gradient is 1. A second backward through the
         # same graph is refused by autograd, which sees that the saved tensor has changed.
         _scale_rows_(grad, grad_loss.expand(ctx.tokens))
-        return grad, None, None, None, None, None, None, None, None
+        return grad, None, None, None, None, None, None, None, None, None
 
 
 def diffusion_loss(
@@ -145,7 +145,11 @@ def diffusion_loss(
     else:
         scale = weights.detach().double() * share
     alpha_bar = transition.alpha_bar_on(logits.device)
-    return _DiffusionLoss.apply(logits, x0, x_t, t, s, alpha_bar, scale, float(aux_weight), reduction != "none")
+    # Asked here: inside the function the gradient mode is off, and needs_input_grad does not know of no_grad.
+    with_grad = torch.is_grad_enabled() and logits.requires_grad
+    return _DiffusionLoss.apply(
+        logits, x0, x_t, t, s, alpha_bar, scale, float(aux_weight), reduction != "none", with_grad
+    )
 
 
 def p_sample(

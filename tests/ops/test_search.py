@@ -127,6 +127,51 @@ class TestQuantize:
         for a, b in zip(got_grads, want_grads, strict=True):
             torch.testing.assert_close(a, b)
 
+    def test_rotation_gradient_is_that_of_the_rotation_held_constant(self, backend):
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(9, 5, generator=g, dtype=torch.float64, requires_grad=True)
+        codebook = torch.randn(6, 5, generator=g, dtype=torch.float64)
+        probe = torch.randn(9, 5, generator=g, dtype=torch.float64)
+        got = quantize(x, codebook, beta=0.0, estimator="rotation")
+        (grad,) = torch.autograd.grad((got.quantized * probe).sum(), x)
+        for row, code, wanted, result in zip(x.detach(), got.quantized.detach(), probe, grad, strict=True):
+            u, v = row / row.norm(), code / code.norm()
+            r = (u + v) / (u + v).norm()
+            turn = torch.eye(5, dtype=torch.float64) - 2 * torch.outer(r, r) + 2 * torch.outer(v, u)
+            turn = turn * (code.norm() / row.norm())
+            torch.testing.assert_close(turn @ row, code)
+            torch.testing.assert_close(result, turn.T @ wanted)
+
+    def test_rotation_of_zero_and_opposite_vectors_stays_finite(self, backend):
+        x = torch.tensor([[0.0, 0.0], [-1.0, 0.0], [1.0, 0.0]], requires_grad=True)
+        for codebook in (torch.tensor([[1.0, 0.0]]), torch.zeros(1, 2)):
+            quantize(x, codebook, estimator="rotation").quantized.sum().backward()
+            assert x.grad.isfinite().all()
+
+    def test_masked_vectors_take_no_part(self, backend):
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(4, 6, 3, generator=g, requires_grad=True)
+        codebook = torch.randn(8, 3, generator=g, requires_grad=True)
+        mask = torch.rand(4, 6, generator=g) > 0.4
+        for estimator in ("ste", "rotation", "none"):
+            got = quantize(x, codebook, mask=mask, estimator=estimator)
+            alone = quantize(x[mask], codebook, estimator=estimator)
+            assert (got.indices[~mask] == -1).all() and (got.quantized[~mask] == 0).all()
+            assert torch.equal(got.indices[mask], alone.indices) and torch.equal(got.counts, alone.counts)
+            torch.testing.assert_close(got.loss, alone.loss)
+            grads = torch.autograd.grad(got.loss + got.quantized.sum(), (x, codebook))
+            want = torch.autograd.grad(alone.loss + alone.quantized.sum(), (x, codebook))
+            for a, b in zip(grads, want, strict=True):
+                torch.testing.assert_close(a, b)
+            assert (grads[0][~mask] == 0).all()
+        nothing = quantize(x, codebook, mask=torch.zeros_like(mask))
+        assert nothing.loss == 0 and nothing.counts.sum() == 0
+
+    def test_perplexity_counts_the_codes_in_use(self):
+        codebook = torch.arange(8.0)[:, None]
+        assert quantize(codebook, codebook).perplexity == pytest.approx(8)
+        assert quantize(torch.zeros(5, 1), codebook).perplexity == pytest.approx(1)
+
     def test_gradient_only_where_it_is_asked_for(self, backend):
         x, codebook = torch.randn(8, 3, requires_grad=True), torch.randn(4, 3)
         quantize(x, codebook, codebook_weight=0).loss.backward()
@@ -182,8 +227,14 @@ class TestErrors:
                 function(x, codebook)
 
     def test_estimator(self):
-        with pytest.raises(ValueError, match="estimator: expected 'ste' or 'none', got 'magic'"):
+        with pytest.raises(ValueError, match="estimator: expected one of ste, rotation, none, got 'magic'"):
             quantize(self.x, self.codes, estimator="magic")
+
+    def test_mask(self):
+        with pytest.raises(TypeError, match="mask: expected a bool tensor .* got float32"):
+            quantize(self.x, self.codes, mask=torch.ones(4))
+        with pytest.raises(ValueError, match=r"mask: expected shape \(4,\), .* got bool tensor of shape \(3,\)"):
+            quantize(self.x, self.codes, mask=torch.ones(3, dtype=torch.bool))
 
     @pytest.mark.parametrize(
         ("indices", "size", "weights", "error", "words"),

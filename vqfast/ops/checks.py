@@ -58,6 +58,15 @@ def check_codebook(x: Any, codebook: Any) -> None:
     check_device("x", x, codebook=codebook)
 
 
+def check_mask(mask: Any, x: Tensor) -> None:
+    """mask: (...) bool for x (..., D)."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected a bool tensor (...) of x, got {describe(mask)}")
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(f"mask: expected shape {tuple(x.shape[:-1])}, that of x without D, got {describe(mask)}")
+    check_device("x", x, mask=mask)
+
+
 def _check_range(name: str, value: Tensor, low: int, high: int, meaning: str) -> None:
     if value.numel() == 0:
         return

@@ -171,10 +171,9 @@ class TestLoss:
 
     def test_writes_no_gradient_where_none_is_asked_for(self, monkeypatch):
         asked = []
-        kernel = registry.BACKENDS["reference"].KERNELS["uniform_diffusion_loss"]
-        monkeypatch.setitem(
-            registry.BACKENDS["reference"].KERNELS, "uniform_diffusion_loss", lambda *a: asked.append(a[-1]) or kernel(*a)
-        )
+        kernels = registry.BACKENDS["reference"].KERNELS
+        kernel = kernels["uniform_diffusion_loss"]
+        monkeypatch.setitem(kernels, "uniform_diffusion_loss", lambda *a: asked.append(a[-1]) or kernel(*a))
         x0 = torch.zeros(2, 3, dtype=torch.int64)
         logits = torch.randn(2, 3, K, requires_grad=True)
         with vqfast.backend("reference"):

@@ -51,7 +51,7 @@ class Quantized(NamedTuple):
 
     @property
     def perplexity(self) -> Tensor:
-        """exp of the entropy of the codes chosen: 1 if all vectors share one, K if each is used as often as any other."""
+        """exp of the entropy of the codes chosen: 1 if all vectors share one, K if all are used alike."""
         share = self.counts.double() / self.counts.sum().clamp(min=1)
         return torch.exp(-torch.special.xlogy(share, share).sum())
 
@@ -69,7 +69,8 @@ def _rotate_back(grad: Tensor, x: Tensor, quantized: Tensor) -> Tensor:
     tiny = torch.finfo(accumulate).tiny
     unit, code = x / length.clamp(min=tiny), quantized / code_length.clamp(min=tiny)
     halfway = torch.nn.functional.normalize(unit + code, dim=-1, eps=tiny)
-    turned = grad - 2 * halfway * (halfway * grad).sum(-1, keepdim=True) + 2 * unit * (code * grad).sum(-1, keepdim=True)
+    turned = grad - 2 * halfway * (halfway * grad).sum(-1, keepdim=True)
+    turned = turned + 2 * unit * (code * grad).sum(-1, keepdim=True)
     return turned * (code_length / length.clamp(min=tiny))
 
 

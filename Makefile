@@ -29,7 +29,7 @@ $(VENV)/.test: $(VENV)/.train
 	touch $@
 
 demo: $(VENV)/.train
-	$(BIN)/vqfast demo --out runs/demo
+	$(BIN)/vqfast demo --out runs/demo --overwrite
 
 # One thread a worker: two workers already fill two cores. Tests about threads set their own number.
 test: $(VENV)/.test

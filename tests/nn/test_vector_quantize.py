@@ -1,0 +1,200 @@
+"""What `VectorQuantize` promises: the convention of vector-quantize-pytorch, and codes that stay alive."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vqfast.nn import VectorQuantize
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def test_trains_side_by_side_with_vector_quantize_pytorch():
+    peer_library = pytest.importorskip("vector_quantize_pytorch", reason="vector-quantize-pytorch is not installed")
+    options = dict(dim=8, codebook_size=32, decay=0.8, commitment_weight=0.7, eps=1e-5)
+    ours = VectorQuantize(**options)
+    peer = peer_library.VectorQuantize(**options, rotation_trick=False)
+    codes = torch.randn(32, 8)
+    peer._codebook.embed.copy_(codes[None])
+    peer._codebook.embed_avg.copy_(codes[None])
+    ours.codebook.copy_(codes)
+    ours.embed_avg.copy_(codes)
+    for step in range(6):
+        x = torch.randn(4, 25, 8)
+        mine, theirs = (x.clone().requires_grad_() for _ in range(2))
+        quantized, indices, loss = ours(mine)
+        expected_quantized, expected_indices, expected_loss = peer(theirs)
+        weight = torch.randn_like(x)
+        ((quantized * weight).sum() + loss).backward()
+        ((expected_quantized * weight).sum() + expected_loss).backward()
+        assert torch.equal(indices, expected_indices), f"step {step}"
+        close = dict(rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(quantized, expected_quantized, **close)
+        torch.testing.assert_close(loss, expected_loss.squeeze(), **close)
+        torch.testing.assert_close(mine.grad, theirs.grad, **close)
+        torch.testing.assert_close(ours.codebook, peer._codebook.embed[0], **close)
+        torch.testing.assert_close(ours.cluster_size, peer._codebook.cluster_size[0], **close)
+        torch.testing.assert_close(ours.embed_avg, peer._codebook.embed_avg[0], **close)
+    ours.eval(), peer.eval()
+    for mine, theirs in zip(ours(x), peer(x), strict=True):
+        torch.testing.assert_close(mine, theirs.reshape(mine.shape), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "indices_shape"),
+    [
+        ({}, (2, 5, 8), (2, 5)),
+        ({}, (7, 8), (7,)),
+        ({}, (2, 3, 4, 8), (2, 3, 4)),
+        ({"channel_last": False}, (2, 8, 5), (2, 5)),
+        ({"accept_image_fmap": True}, (2, 8, 3, 4), (2, 3, 4)),
+    ],
+)
+def test_layouts(options, shape, indices_shape):
+    vq = VectorQuantize(8, 16, **options).eval()
+    quantized, indices, loss = vq(torch.randn(shape))
+    assert quantized.shape == shape and indices.shape == indices_shape and loss.shape == ()
+    assert torch.equal(quantized, vq.get_codes_from_indices(indices))
+
+
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [({}, (2, 5, 7)), ({"accept_image_fmap": True}, (2, 8, 5)), ({"channel_last": False}, (2, 5, 8)), ({}, (8,))],
+)
+def test_a_shape_that_does_not_fit_is_named(options, shape):
+    with pytest.raises(ValueError, match=r"x: expected shape \(B, .*got"):
+        VectorQuantize(8, 16, **options)(torch.randn(shape))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dim": 0},
+        {"codebook_size": 0},
+        {"decay": 1.0},
+        {"commitment_weight": -1.0},
+        {"threshold_ema_dead_code": -1.0},
+    ],
+)
+def test_options_out_of_range_are_named(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        VectorQuantize(**{"dim": 4, "codebook_size": 8} | options)
+
+
+@pytest.mark.parametrize("options", [{"decay": None}, {"ema_update": False}])
+def test_a_learnable_codebook_gets_the_gradient_of_the_codebook_term(options):
+    vq = VectorQuantize(4, 8, commitment_weight=0.25, codebook_weight=1.0, **options)
+    with torch.no_grad():
+        vq.codebook.normal_()
+    before = vq.codebook.detach().clone()
+    x = torch.randn(64, 4)
+    _, indices, loss = vq(x)
+    loss.backward()
+    distance = ((x - before[indices]) ** 2).mean()
+    torch.testing.assert_close(loss, 1.25 * distance)
+    expected = torch.zeros_like(before).index_add_(0, indices, 2 * (before[indices] - x) / x.numel())
+    torch.testing.assert_close(vq.codebook.grad, expected)
+    assert torch.equal(vq.codebook, before), "a learnable codebook is left to the optimiser"
+
+
+@pytest.mark.parametrize("freeze", ["eval", "option", "call"])
+def test_a_frozen_codebook_does_not_move(freeze):
+    vq = VectorQuantize(4, 8, freeze_codebook=freeze == "option", threshold_ema_dead_code=2.0)
+    vq.train(freeze != "eval")
+    before = {name: value.clone() for name, value in vq.state_dict().items()}
+    vq(torch.randn(64, 4), freeze_codebook=True if freeze == "call" else None)
+    assert all(torch.equal(value, before[name]) for name, value in vq.state_dict().items())
+
+
+def test_the_gradient_belongs_to_the_codes_that_were_looked_up():
+    """The moving average writes the codebook before backward reads it."""
+    vq = VectorQuantize(4, 8, commitment_weight=1.0)
+    vq.codebook.normal_()
+    before = vq.codebook.clone()
+    x = torch.randn(64, 4, requires_grad=True)
+    _, indices, loss = vq(x)
+    loss.backward()
+    torch.testing.assert_close(x.grad, 2 * (x.detach() - before[indices]) / x.numel())
+
+
+def test_dead_codes_become_vectors_of_the_batch():
+    vq = VectorQuantize(4, 32, threshold_ema_dead_code=1.0, decay=0.5)
+    vq.codebook.fill_(100.0)
+    x = torch.randn(200, 4)
+    vq(x)
+    rows = set(map(tuple, x.tolist()))
+    revived = [tuple(code) for code in vq.codebook.tolist() if tuple(code) in rows]
+    assert len(revived) == 31, "all but the one code that every vector chose"
+    assert len(set(revived)) == 31, "no two codes get the same vector"
+    vq.idle.fill_(1000)
+    vq(x)
+    assert vq.usage >= 31 / 32, "each revived code is chosen from then on"
+
+
+def test_more_dead_codes_than_vectors_are_revived_as_far_as_the_vectors_go():
+    vq = VectorQuantize(4, 32, threshold_ema_dead_code=1.0, decay=0.0)
+    vq.codebook.fill_(100.0)
+    x = torch.randn(5, 4)
+    vq(x)
+    assert sum((code == x).all(1).any().item() for code in vq.codebook) == 5
+
+
+def test_an_empty_batch_changes_no_code():
+    vq = VectorQuantize(4, 8, threshold_ema_dead_code=2.0)
+    before = vq.codebook.clone()
+    quantized, indices, loss = vq(torch.randn(0, 4))
+    assert quantized.shape == (0, 4) and indices.shape == (0,) and loss == 0
+    torch.testing.assert_close(vq.codebook, before)
+
+
+def test_kmeans_init_finds_the_clusters():
+    centres = torch.tensor([[10.0, 0], [0, 10], [-10, 0], [0, -10]])
+    x = (centres[:, None] + 0.1 * torch.randn(4, 500, 2)).reshape(-1, 2)
+    vq = VectorQuantize(2, 64, kmeans_init=True)
+    _, indices, loss = vq(x)
+    assert loss < 0.01
+    copy = VectorQuantize(2, 64, kmeans_init=True)
+    copy.load_state_dict(vq.state_dict())
+    copy(torch.zeros(10, 2))
+    assert copy.codebook.abs().max() > 5, "a loaded codebook is not started over"
+
+
+def test_bfloat16_input_meets_a_float32_codebook():
+    vq = VectorQuantize(8, 16)
+    vq.codebook.normal_()
+    x = torch.randn(3, 20, 8, dtype=torch.bfloat16, requires_grad=True)
+    expected = torch.cdist(x.detach().float(), vq.codebook).argmin(-1)
+    quantized, indices, loss = vq(x)
+    (quantized.float().sum() + loss).backward()
+    assert quantized.dtype == x.grad.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert torch.equal(indices, expected)
+    assert vq.codebook.dtype == torch.float32 and vq.codebook.isfinite().all()
+
+
+def test_usage_and_perplexity():
+    vq = VectorQuantize(1, 4, decay=0.0)
+    vq.codebook.copy_(torch.arange(4.0)[:, None])
+    vq.idle.fill_(1000)
+    vq(torch.tensor([[0.0], [0.0], [1.0], [1.0]]))
+    assert vq.usage == 0.5
+    torch.testing.assert_close(vq.perplexity, torch.tensor(2.0))
+
+
+def test_every_process_ends_with_the_same_codebook(tmp_path):
+    script = Path(__file__).with_name("quantize_process.py")
+    processes = [
+        subprocess.Popen([sys.executable, script, tmp_path, str(rank), "2"], env=os.environ | {"OMP_NUM_THREADS": "1"})
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name

@@ -1,0 +1,114 @@
+"""The command `vqfast`: one line and exit code 2 for what the user can put right, 1 for what only we can."""
+
+import contextlib
+import io
+import sys
+from collections.abc import Sequence
+
+# Import name -> nothing but membership: what `pip install "vqfast[train]"` brings.
+_TRAIN_EXTRA = ("accelerate", "matplotlib", "PIL", "safetensors", "sklearn", "tqdm", "tyro")
+
+
+class UsageError(ValueError):
+    """Arguments that do not parse."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments after the program's name; default those of the process.
+
+    Returns:
+        Exit code: 0, 2 for a wrong argument, path, image or checkpoint, 1 for an error in vqfast, 130 if interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        run_command(arguments)
+    except KeyboardInterrupt:
+        print("vqfast: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        print(f"vqfast: {_one_line(error)}", file=sys.stderr)
+        return 2 if _is_users(error) else 1
+    return 0
+
+
+def run_command(argv: Sequence[str]) -> None:
+    """Parse and run; errors come out as exceptions. `--help` ends the process, as a parser does."""
+    # Before the parser is imported: this must work, and say why, where the rest is not installed.
+    if list(argv) == ["doctor"]:
+        from vqfast.doctor import report
+
+        print(report())
+        return
+    if list(argv) == ["--version"]:
+        import vqfast
+
+        print(f"vqfast {vqfast.__version__}")
+        return
+    parse(argv).execute()
+
+
+def parse(argv: Sequence[str]):
+    """The command that the arguments describe: an object with `execute()`.
+
+    Raises:
+        UsageError: they describe none.
+    """
+    import tyro
+
+    from vqfast.cli.commands import COMMANDS
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                COMMANDS,
+                prog="vqfast",
+                description="Vector quantisation and discrete diffusion on images. Every command takes --debug.",
+                args=list(argv) or ["--help"],
+                config=(
+                    tyro.conf.OmitArgPrefixes,
+                    tyro.conf.OmitSubcommandPrefixes,
+                    tyro.conf.FlagCreatePairsOff,
+                ),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UsageError(_unboxed(complaint.getvalue())) from None
+
+
+def _unboxed(panel: str) -> str:
+    """The message in the frame that the parser draws: its lines up to the first rule."""
+    lines = []
+    for line in panel.splitlines()[1:]:
+        text = line.strip("│ ")
+        if text.startswith("───"):
+            break
+        lines.append(text)
+    return " ".join(" ".join(lines).split()) + " (vqfast --help tells more)"
+
+
+def _is_users(error: Exception) -> bool:
+    return isinstance(error, ValueError | OSError) or _missing_extra(error)
+
+
+def _missing_extra(error: Exception) -> bool:
+    return isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _TRAIN_EXTRA
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if _missing_extra(error):
+        return f'{error.name} is not installed; install what this command needs: pip install "vqfast[train]"'
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else text
+    if isinstance(error, ValueError):
+        return text
+    return f"{type(error).__name__}: {text} (--debug shows where)"

@@ -1,0 +1,40 @@
+"""The tree of commands, as the parser reads it."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from tyro.conf import subcommand
+
+from vqfast.cli.demo import Demo
+from vqfast.cli.generate import Inpaint, Reconstruct, Sample
+from vqfast.cli.training import TrainVQDDM, TrainVQVAE
+
+
+@dataclass
+class Train:
+    """Train a model."""
+
+    model: Annotated[TrainVQVAE, subcommand("vqvae")] | Annotated[TrainVQDDM, subcommand("vqddm")]
+
+    def execute(self) -> None:
+        self.model.execute()
+
+
+@dataclass
+class Doctor:
+    """Say what is installed, which backends run here, and why the others do not."""
+
+    def execute(self) -> None:
+        from vqfast.doctor import report
+
+        print(report())
+
+
+COMMANDS = (
+    Annotated[Train, subcommand("train")]
+    | Annotated[Sample, subcommand("sample")]
+    | Annotated[Inpaint, subcommand("inpaint")]
+    | Annotated[Reconstruct, subcommand("reconstruct")]
+    | Annotated[Demo, subcommand("demo")]
+    | Annotated[Doctor, subcommand("doctor")]
+)

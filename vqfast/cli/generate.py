@@ -1,0 +1,302 @@
+"""`vqfast sample`, `vqfast inpaint`, `vqfast reconstruct`: images out of trained models."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tyro.conf import Positional, arg
+
+from vqfast.cli.training import AUTOENCODER, check_channels, describe, encode, pick_device
+from vqfast.data import open_dataset, to_float, to_uint8
+from vqfast.evaluate import codebook_usage, perplexity, psnr, ssim
+from vqfast.evaluate.figures import hide, save_grid
+from vqfast.models.vqddm import VQDDM
+from vqfast.models.vqvae import VQVAE
+from vqfast.train import RunError, check_new, create_run, load_model, open_run
+from vqfast.train.runs import write_json
+
+COLUMNS = 16
+BATCH = 256
+
+
+@dataclass
+class Sample:
+    """Draw new images from a trained VQ-DDM."""
+
+    run: Positional[Path]
+    """Run of the VQ-DDM."""
+    out: Path
+    """Folder to make: samples.png, and samples.npz with images and labels."""
+    n: Annotated[int, arg(aliases=["-n"])] = 64
+    """How many images, spread evenly over the classes asked for."""
+    labels: tuple[str, ...] = ()
+    """Classes to draw, by name. Default: every class in turn."""
+    steps: int | None = None
+    """Denoising steps; fewer is faster. Default: every noise level of the model."""
+    guidance: float = 1.0
+    """Strength of classifier-free guidance; above 1 exaggerates the class."""
+    temperature: float = 1.0
+    """Below 1 draws likelier, less varied images."""
+    seed: int = 0
+    """Of the noise."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes a GPU where there is one."""
+
+    def execute(self) -> None:
+        check_new(self.out)
+        device = pick_device(self.device)
+        model, autoencoder, classes = _load(self.run, device)
+        labels = _choose_labels(self.labels, classes, self.n)
+        codes = model.sample(
+            self.n,
+            labels,
+            steps=_steps(self.steps, model),
+            temperature=self.temperature,
+            guidance_scale=self.guidance,
+            batch_size=BATCH,
+            generator=torch.Generator(device).manual_seed(self.seed),
+            progress=True,
+        )
+        images = _decode(autoencoder, codes)
+
+        settings = {"steps": self.steps, "guidance": self.guidance, "temperature": self.temperature}
+        out = create_run(self.out, "sample", {"model": str(self.run), "seed": self.seed} | settings).path
+        arrays = {"images": images, "codes": codes.cpu().numpy()}
+        if labels is not None:
+            arrays["labels"] = np.array(classes)[labels.numpy()]
+        np.savez_compressed(out / "samples.npz", **arrays)
+        rows, names = _rows_of(images, labels, classes)
+        save_grid(out / "samples.png", rows, title="Samples", subtitle=self._subtitle(), labels=names)
+        print(f"{out}: drew {self.n} images")
+
+    def _subtitle(self) -> str:
+        steps = f"{self.steps} denoising steps" if self.steps else "every noise level"
+        return f"{steps}, guidance {self.guidance:g}, temperature {self.temperature:g}"
+
+
+@dataclass
+class Inpaint:
+    """Hide a part of images and let a trained VQ-DDM draw it anew."""
+
+    run: Positional[Path]
+    """Run of the VQ-DDM."""
+    data: str
+    """Images: see vqfast train vqvae."""
+    out: Path
+    """Folder to make: inpainting.png, and inpainting.npz."""
+    mask: Literal["centre", "left", "right", "top", "bottom", "random"] = "centre"
+    """Which codes to hide: the middle, half of the grid, or half of its cells at random."""
+    n: Annotated[int, arg(aliases=["-n"])] = 8
+    """How many images, spread evenly over the split."""
+    variations: int = 3
+    """Results for each image."""
+    split: Literal["train", "held-out", "all"] = "held-out"
+    """Which images."""
+    unconditional: bool = False
+    """Do not tell the model the images' classes."""
+    steps: int | None = None
+    """Denoising steps. Default: every noise level of the model."""
+    guidance: float = 1.0
+    """Strength of classifier-free guidance."""
+    temperature: float = 1.0
+    """Below 1 draws likelier, less varied images."""
+    seed: int = 0
+    """Of the noise and of the random mask."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes a GPU where there is one."""
+
+    def execute(self) -> None:
+        check_new(self.out)
+        device = pick_device(self.device)
+        model, autoencoder, classes = _load(self.run, device)
+        data = open_dataset(self.data, image_size=autoencoder.config.image_size)
+        check_channels(data, autoencoder)
+        chosen = _spread(data.indices(self.split), self.n)
+        images = data.images[chosen]
+        labels = None
+        if classes and not self.unconditional:
+            if data.classes != classes:
+                raise RunError(f"{self.data}: has other classes than {self.run} was trained on; add --unconditional")
+            labels = torch.from_numpy(data.labels[chosen]).repeat_interleave(self.variations)
+
+        hidden = _mask(self.mask, len(chosen), model.config.grid, self.seed)  # (N, h, w)
+        side = autoencoder.config.downsampling
+        hidden_pixels = hidden.repeat_interleave(side, 1).repeat_interleave(side, 2).numpy()
+        codes = _codes_around(autoencoder, images, hidden_pixels, device)
+        drawn = model.inpaint(
+            codes.repeat_interleave(self.variations, 0),
+            hidden.to(device).repeat_interleave(self.variations, 0),
+            labels,
+            steps=_steps(self.steps, model),
+            temperature=self.temperature,
+            guidance_scale=self.guidance,
+            batch_size=BATCH,
+            generator=torch.Generator(device).manual_seed(self.seed),
+            progress=True,
+        )
+        results = _decode(autoencoder, drawn).reshape(len(chosen), self.variations, *images.shape[1:])
+        # What was given stays as it was given, to the pixel.
+        results = np.where(hidden_pixels[:, None, :, :, None], results, images[:, None])
+
+        settings = {"mask": self.mask, "split": self.split, "steps": self.steps, "guidance": self.guidance}
+        info = {"model": str(self.run), "data": describe(data), "seed": self.seed} | settings
+        out = create_run(self.out, "inpaint", info).path
+        np.savez_compressed(
+            out / "inpainting.npz", original=images, hidden=hidden_pixels, results=results, indices=chosen
+        )
+        rows = [images, hide(images, hidden_pixels), *results.swapaxes(0, 1)]
+        names = ["original", "given", *(f"result {i + 1}" for i in range(self.variations))]
+        save_grid(
+            out / "inpainting.png",
+            [row[start : start + COLUMNS] for start in range(0, len(chosen), COLUMNS) for row in rows],
+            title="Inpainting",
+            subtitle=f"{self.split} images, mask: {self.mask}",
+            labels=names * -(-len(chosen) // COLUMNS),
+            group=len(rows),
+        )
+        print(f"{out}: drew the hidden part of {len(chosen)} images {self.variations} times")
+
+
+@dataclass
+class Reconstruct:
+    """Send images through a VQ-VAE's codes and back, and measure what is lost."""
+
+    run: Positional[Path]
+    """Run of a VQ-VAE, or of a VQ-DDM, which holds its own."""
+    data: str
+    """Images: see vqfast train vqvae."""
+    out: Path
+    """Folder to make: reconstruction.png and metrics.json."""
+    split: Literal["train", "held-out", "all"] = "held-out"
+    """Which images."""
+    n: Annotated[int, arg(aliases=["-n"])] = 32
+    """How many to show; all of the split are measured."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes a GPU where there is one."""
+
+    def execute(self) -> None:
+        check_new(self.out)
+        autoencoder = _load_autoencoder(self.run, pick_device(self.device))
+        data = open_dataset(self.data, image_size=autoencoder.config.image_size)
+        check_channels(data, autoencoder)
+        codes = encode(autoencoder, data, self.split)
+        indices = data.indices(self.split)
+        originals = data.images[indices]
+        results = _decode(autoencoder, codes)
+        size = autoencoder.config.codebook_size
+        one, other = to_float(results), to_float(originals)
+        metrics = {
+            "split": self.split,
+            "images": len(originals),
+            "psnr_db": psnr(one, other).mean().item(),
+            "ssim": ssim(one, other).mean().item(),
+            "codebook_size": size,
+            "codebook_usage": codebook_usage(codes, size),
+            "perplexity": perplexity(codes, size),
+        }
+
+        info = {"model": str(self.run), "data": describe(data)}
+        out = create_run(self.out, "reconstruct", info).path
+        write_json(out / "metrics.json", metrics)
+        shown = _spread(np.arange(len(originals)), self.n)
+        rows = []
+        for start in range(0, len(shown), COLUMNS):
+            part = shown[start : start + COLUMNS]
+            rows += [originals[part], results[part]]
+        save_grid(
+            out / "reconstruction.png",
+            rows,
+            title="Reconstruction",
+            subtitle=f"{len(originals)} {self.split} images: PSNR {metrics['psnr_db']:.1f} dB, "
+            f"SSIM {metrics['ssim']:.3f}, {metrics['codebook_usage']:.0%} of {size} codes used",
+            labels=["original", "result"] * (len(rows) // 2),
+            group=2,
+        )
+        print(f"{out}: PSNR {metrics['psnr_db']:.2f} dB, codebook usage {metrics['codebook_usage']:.1%}")
+
+
+def _load(run: Path, device: torch.device) -> tuple[VQDDM, VQVAE, tuple[str, ...]]:
+    """A VQ-DDM, its VQ-VAE, and the names of its classes, empty for an unconditional model."""
+    info = open_run(run, "vqddm").info
+    model = load_model(run, "vqddm", device)
+    classes = tuple(info.get("data", {}).get("classes", ())) if model.config.num_classes else ()
+    return model, _load_autoencoder(run, device), classes
+
+
+def _load_autoencoder(run: Path, device: torch.device) -> VQVAE:
+    if open_run(run).kind == "vqddm":
+        run = run / AUTOENCODER
+    return load_model(run, "vqvae", device)
+
+
+def _steps(steps: int | None, model: VQDDM) -> int | None:
+    return None if steps is None else min(steps, model.config.T)
+
+
+def _choose_labels(names: tuple[str, ...], classes: tuple[str, ...], n: int) -> Tensor | None:
+    """(n,) class numbers, the classes asked for in their order, each as often as the others (to one)."""
+    if not classes:
+        if names:
+            raise RunError("--labels: the model was trained without classes")
+        return None
+    unknown = [name for name in names if name not in classes]
+    if unknown:
+        raise RunError(f"--labels: no class {', '.join(unknown)}; the model has {', '.join(classes)}")
+    wanted = [classes.index(name) for name in names or classes]
+    place = np.sort(np.resize(np.arange(len(wanted)), n))
+    return torch.tensor(wanted)[torch.from_numpy(place)]
+
+
+def _rows_of(images: np.ndarray, labels: Tensor | None, classes: tuple[str, ...]) -> tuple[list[np.ndarray], list[str]]:
+    """Rows of at most 16 images, one row a class where there are classes, and the rows' names."""
+    if labels is None:
+        return [images[i : i + COLUMNS] for i in range(0, len(images), COLUMNS)], []
+    rows, names = [], []
+    for label in dict.fromkeys(labels.tolist()):
+        rows.append(images[labels.numpy() == label][:COLUMNS])
+        names.append(classes[label])
+    return rows, names
+
+
+def _spread(indices: np.ndarray, n: int) -> np.ndarray:
+    """n of the indices, evenly spaced."""
+    if n < 1:
+        raise RunError(f"--n: expected at least 1, got {n}")
+    return indices[np.linspace(0, len(indices) - 1, min(n, len(indices))).round().astype(int)]
+
+
+@torch.no_grad()
+def _decode(autoencoder: VQVAE, codes: Tensor) -> np.ndarray:
+    """(N, h, w) codes to (N, H, W, C) uint8."""
+    device = next(autoencoder.parameters()).device
+    return np.concatenate([to_uint8(autoencoder.decode_codes(part.to(device))) for part in codes.split(BATCH)])
+
+
+@torch.no_grad()
+def _codes_around(autoencoder: VQVAE, images: np.ndarray, hidden: np.ndarray, device: torch.device) -> Tensor:
+    """Codes (N, h, w) of images whose hidden pixels are blanked first.
+
+    A code sees beyond its own pixels, and none may carry what the model is to guess.
+    """
+    blanked = np.where(hidden[..., None], 0, images).astype(np.uint8)
+    return torch.cat([autoencoder.encode(part) for part in to_float(blanked).to(device).split(BATCH)])
+
+
+def _mask(name: str, count: int, grid: tuple[int, int], seed: int) -> Tensor:
+    """(count, h, w) bool, true where a code is hidden."""
+    h, w = grid
+    rows, columns = torch.arange(h)[:, None], torch.arange(w)[None, :]
+    if name == "random":
+        order = torch.rand(count, h * w, generator=torch.Generator().manual_seed(seed)).argsort(1).argsort(1)
+        return (order < h * w // 2).view(count, h, w)
+    inside = {
+        "centre": (rows >= h // 4) & (rows < h - h // 4) & (columns >= w // 4) & (columns < w - w // 4),
+        "left": (columns < w // 2).expand(h, w),
+        "right": (columns >= w - w // 2).expand(h, w),
+        "top": (rows < h // 2).expand(h, w),
+        "bottom": (rows >= h - h // 2).expand(h, w),
+    }[name]
+    return inside.expand(count, h, w)

@@ -1,0 +1,101 @@
+"""From stored images or codes to the batches that a model's `training_step` takes."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from vqfast.data.images import ImageData
+
+
+def to_float(images: np.ndarray) -> Tensor:
+    """(..., H, W, C) uint8 pixels to (..., C, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, -3))).float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """(..., C, H, W) float in [-1, 1] to (..., H, W, C) uint8; values outside are clipped."""
+    pixels = (images.detach().float().clamp(-1, 1) + 1) * 127.5
+    return np.ascontiguousarray(np.moveaxis(pixels.round().to(torch.uint8).cpu().numpy(), -3, -1))
+
+
+class ImageBatches(Dataset):
+    """Batches of one split of an `ImageData`, indexed by positions within the split.
+
+    An item is {"image": (B, C, H, W) float32 in [-1, 1], "label": (B,) int64 where the data has labels}.
+    """
+
+    def __init__(self, data: ImageData, split: str = "train"):
+        self._data = data
+        self._positions = data.indices(split)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, positions: np.ndarray) -> dict[str, Tensor]:
+        chosen = self._positions[positions]
+        batch = {"image": to_float(self._data.images[chosen])}
+        if self._data.labels is not None:
+            batch["label"] = torch.from_numpy(self._data.labels[chosen])
+        return batch
+
+
+class CodeBatches(Dataset):
+    """Batches of encoded images: {"codes": (B, h, w) int64, "label": (B,) int64 where there are labels}.
+
+    Args:
+        codes: (N, h, w) integers.
+        labels: (N,) int64 or None.
+    """
+
+    def __init__(self, codes: Tensor, labels: Tensor | None = None):
+        self._codes, self._labels = codes, labels
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+    def __getitem__(self, positions: np.ndarray) -> dict[str, Tensor]:
+        chosen = torch.from_numpy(positions)
+        batch = {"codes": self._codes[chosen].long()}
+        if self._labels is not None:
+            batch["label"] = self._labels[chosen]
+        return batch
+
+
+class ShuffledSteps(Sampler):
+    """Positions of each training step's batch: one endless chain of permutations, cut into equal batches.
+
+    The batch of a step depends on (seed, step) alone, so that a resumed run sees what an unbroken one would
+    have, and each of `world` processes takes its own part of it.
+
+    Args:
+        count: number of examples.
+        batch_size: examples a step and process.
+        steps: the steps to give out, such as range(start, end).
+        seed: of the permutations.
+        rank, world: which process this is, of how many.
+    """
+
+    def __init__(self, count: int, batch_size: int, steps: range, seed: int, rank: int = 0, world: int = 1):
+        self._count, self._batch_size, self._steps = count, batch_size, steps
+        self._seed, self._rank, self._world = seed, rank, world
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        shuffled = lru_cache(maxsize=2)(
+            lambda epoch: np.random.default_rng((self._seed, epoch)).permutation(self._count)
+        )
+        for step in self._steps:
+            place = (step * self._world + self._rank) * self._batch_size
+            end = place + self._batch_size
+            parts = []
+            while place < end:
+                epoch, first = divmod(place, self._count)
+                parts.append(shuffled(epoch)[first : first + end - place])
+                place += len(parts[-1])
+            yield np.concatenate(parts)

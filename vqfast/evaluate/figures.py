@@ -1,0 +1,127 @@
+"""Pictures of results: grids of images, pixel for pixel, and curves of a training."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+_PAPER, _INK, _GREY = (255, 255, 255), (32, 36, 44), (110, 118, 130)
+HIDDEN = (196, 206, 222)
+_CELL = 72  # pixels a side that small images are enlarged to, at most
+_GAP, _MARGIN = 4, 20
+
+
+def save_grid(
+    path: Path,
+    rows: Sequence[np.ndarray],
+    *,
+    title: str,
+    subtitle: str = "",
+    labels: Sequence[str] = (),
+    group: int = 1,
+) -> None:
+    """Images in rows, under a title, enlarged by a whole factor so that each pixel stays a square.
+
+    Args:
+        path: PNG file to write.
+        rows: each (M, H, W, 1 or 3) uint8; all images of one size.
+        title, subtitle: lines above the grid.
+        labels: a text to the left of each row.
+        group: rows that belong together: after each such number of rows the gap is wider.
+    """
+    height, width = rows[0].shape[1:3]
+    scale = max(1, _CELL // max(height, width))
+    cell_h, cell_w = height * scale, width * scale
+    title_font, text_font = ImageFont.load_default(22), ImageFont.load_default(15)
+    label_width = int(max((text_font.getlength(text) for text in labels), default=0))
+    left = _MARGIN + (label_width + 12 if label_width else 0)
+    top = _MARGIN + 34 + (26 if subtitle else 0)
+    group_gap = 0 if group == 1 else 3 * _GAP
+    groups = -(-len(rows) // group)
+
+    columns = max(len(row) for row in rows)
+    text_width = max(title_font.getlength(title), text_font.getlength(subtitle))
+    total_w = max(left + columns * (cell_w + _GAP) - _GAP, _MARGIN + int(text_width)) + _MARGIN
+    total_h = top + len(rows) * (cell_h + _GAP) - _GAP + (groups - 1) * group_gap + _MARGIN
+    sheet = Image.new("RGB", (total_w, total_h), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_MARGIN, _MARGIN - 4), title, font=title_font, fill=_INK)
+    draw.text((_MARGIN, _MARGIN + 28), subtitle, font=text_font, fill=_GREY)
+    for r, row in enumerate(rows):
+        y = top + r * (cell_h + _GAP) + (r // group) * group_gap
+        if r < len(labels):
+            draw.text((left - 12, y + cell_h // 2), labels[r], font=text_font, fill=_INK, anchor="rm")
+        for c, pixels in enumerate(row):
+            image = Image.fromarray(as_rgb(pixels)).resize((cell_w, cell_h), Image.Resampling.NEAREST)
+            sheet.paste(image, (left + c * (cell_w + _GAP), y))
+    sheet.save(path)
+
+
+def as_rgb(pixels: np.ndarray) -> np.ndarray:
+    """(..., 1 or 3) uint8 to (..., 3)."""
+    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:-1], 3)))
+
+
+def hide(images: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+    """Images (N, H, W, 1 or 3) uint8 as RGB with a flat colour where `hidden` (N, H, W) is true."""
+    return np.where(hidden[..., None], np.array(HIDDEN, dtype=np.uint8), as_rgb(images))
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One scalar of one training: `metrics` is its metrics.jsonl, `unit` the label of the vertical axis."""
+
+    title: str
+    metrics: Path
+    scalar: str
+    unit: str
+    log: bool = False
+
+
+def save_curves(path: Path, panels: Sequence[Panel]) -> None:
+    """Curves side by side: training as a line (the median of five records, the records themselves faint behind it) and
+    held-out values as dots. Scalars must be above 0.
+
+    Args:
+        path: PNG file to write.
+        panels: what to show.
+    """
+    # The object interface: pyplot would choose a display and keep state for the whole process.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6 * len(panels), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        records = [json.loads(line) for line in panel.metrics.read_text().splitlines()]
+        steps, values = _points(records, panel.scalar)
+        middle = _running_median(values)
+        axis.plot(steps, values, color="C0", alpha=0.25, linewidth=1)
+        axis.plot(steps, middle, color="C0", linewidth=1.6, label="training")
+        # Outliers of single records may leave the panel, so that the curves fill it.
+        axis.set_yscale("log" if panel.log else "linear")
+        seen = middle
+        steps, values = _points(records, f"held_out/{panel.scalar}")
+        if len(steps):
+            axis.plot(steps, values, "o--", color="C1", linewidth=1.4, markersize=4, label="held out")
+            seen = np.concatenate([middle, values])
+        low, high = seen.min(), seen.max()
+        margin = 1.15 if panel.log else 1.03
+        axis.set(title=panel.title, xlabel="step", ylabel=panel.unit, ylim=(low / margin, high * margin))
+        axis.grid(alpha=0.25, which="both")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def _points(records: list[dict[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    found = [(record["step"], record[name]) for record in records if name in record]
+    return tuple(np.array(found, dtype=float).reshape(-1, 2).T)
+
+
+def _running_median(values: np.ndarray, reach: int = 2) -> np.ndarray:
+    """Median over `reach` values to each side, fewer at the ends."""
+    return np.array([np.median(values[max(i - reach, 0) : i + reach + 1]) for i in range(len(values))])

@@ -1,0 +1,122 @@
+"""One HTML file that shows a run: figures against their targets, pictures, the commands that made them."""
+
+import base64
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured figure and the least that it should be.
+
+    unit: written after the number; "%" shows value and target times 100.
+    """
+
+    name: str
+    value: float
+    target: float
+    unit: str = ""
+
+    @property
+    def met(self) -> bool:
+        return self.value >= self.target
+
+    @property
+    def verdict(self) -> str:
+        return "met" if self.met else "MISSED"
+
+    def show(self, value: float) -> str:
+        return f"{value:.1%}" if self.unit == "%" else f"{value:.2f} {self.unit}".strip()
+
+
+@dataclass(frozen=True)
+class Picture:
+    title: str
+    text: str
+    path: Path
+
+
+def table(figures: Sequence[Figure]) -> str:
+    """The figures as plain text: name, value, target, verdict."""
+    rows = [("", "measured", "target", "")]
+    rows += [(f.name, f.show(f.value), "≥ " + f.show(f.target), f.verdict) for f in figures]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join(
+        f"{name:<{widths[0]}}  {value:>{widths[1]}}  {target:>{widths[2]}}  {verdict}".rstrip()
+        for name, value, target, verdict in rows
+    )
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    introduction: str,
+    figures: Sequence[Figure],
+    pictures: Sequence[Picture],
+    commands: Sequence[str],
+    notes: Sequence[str] = (),
+) -> None:
+    """Write a page that needs nothing beside it: pictures are inside.
+
+    Args:
+        path: the .html file.
+        title, introduction: its head.
+        figures: measured figures, shown as a table.
+        pictures: PNG files, in the order to show them.
+        commands: what was run.
+        notes: lines below the table.
+    """
+    text = html.escape
+    rows = "".join(
+        f"<tr><td>{text(f.name)}</td><td class=number>{text(f.show(f.value))}</td>"
+        f"<td class=number>≥ {text(f.show(f.target))}</td>"
+        f"<td><span class={'met' if f.met else 'missed'}>{f.verdict}</span></td></tr>"
+        for f in figures
+    )
+    sections = "".join(
+        f"<section><h2>{text(p.title)}</h2><p>{text(p.text)}</p>"
+        f'<img alt="{text(p.title)}" src="data:image/png;base64,{base64.b64encode(p.path.read_bytes()).decode()}">'
+        "</section>"
+        for p in pictures
+    )
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{text(title)}</title>
+<style>{_STYLE}</style></head>
+<body><main>
+<h1>{text(title)}</h1>
+<p class=lead>{text(introduction)}</p>
+<section><h2>Figures</h2>
+<table><thead><tr><th></th><th class=number>measured</th><th class=number>target</th><th></th></tr></thead>
+<tbody>{rows}</tbody></table>
+{"".join(f"<p class=note>{text(note)}</p>" for note in notes)}</section>
+{sections}
+<section><h2>Commands</h2><pre>{text(chr(10).join(commands))}</pre></section>
+</main></body></html>
+"""
+    path.write_text(page, encoding="utf-8")
+
+
+_STYLE = """
+:root { color-scheme: light; }
+body { margin: 0; background: #f3f4f6; color: #20242c; font: 16px/1.55 system-ui, sans-serif; }
+main { max-width: 1440px; margin: 0 auto; padding: 40px 24px 64px; }
+h1 { font-size: 30px; margin: 0 0 8px; }
+h2 { font-size: 19px; margin: 0 0 6px; }
+.lead { max-width: 70ch; color: #4a5160; margin: 0 0 28px; }
+section { background: #fff; border: 1px solid #e3e6ea; border-radius: 10px; padding: 22px 26px; margin: 0 0 22px; }
+section p { margin: 0 0 14px; color: #4a5160; max-width: 80ch; }
+img { display: block; max-width: 100%; height: auto; }
+table { border-collapse: collapse; min-width: 60%; }
+th, td { text-align: left; padding: 8px 18px 8px 0; border-bottom: 1px solid #eceef1; }
+th { font-weight: 600; color: #6e7682; font-size: 14px; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.met, .missed { border-radius: 999px; padding: 2px 12px; font-size: 14px; font-weight: 600; }
+.met { background: #dcf3e3; color: #12672f; }
+.missed { background: #fde2e0; color: #a01c12; }
+p.note { margin: 14px 0 0; font-size: 14px; }
+pre { background: #f6f7f9; border-radius: 8px; padding: 14px 16px; overflow-x: auto; font-size: 13px; margin: 0; }
+"""

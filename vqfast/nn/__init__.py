@@ -1,0 +1,9 @@
+"""Modules built on the ops."""
+
+from vqfast.nn.fsq import FSQ
+from vqfast.nn.lfq import LFQ
+from vqfast.nn.residual_vq import GroupedResidualVQ, ResidualVQ
+from vqfast.nn.sim_vq import SimVQ
+from vqfast.nn.vector_quantize import VectorQuantize
+
+__all__ = ["FSQ", "LFQ", "GroupedResidualVQ", "ResidualVQ", "SimVQ", "VectorQuantize"]

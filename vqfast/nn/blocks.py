@@ -1,0 +1,108 @@
+"""Convolutional blocks of image autoencoders: residual, attention, halving and doubling of the resolution.
+
+The layout is that of the VQGAN autoencoder (Esser et al. 2021): GroupNorm of 32 groups, swish, 3x3
+convolutions.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GROUPS = 32
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm of 32 groups.
+
+    Raises:
+        ValueError: channels is not a multiple of 32.
+    """
+    if channels % GROUPS:
+        raise ValueError(f"channels: expected a multiple of {GROUPS} (GroupNorm's groups), got {channels}")
+    return nn.GroupNorm(GROUPS, channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(swish(norm(conv(swish(norm(x)))))): (B, C, H, W) to (B, out_channels, H, W)."""
+
+    def __init__(self, channels: int, out_channels: int | None = None, dropout: float = 0.0):
+        super().__init__()
+        out_channels = channels if out_channels is None else out_channels
+        self.norm1 = group_norm(channels)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.shortcut(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """x + self-attention over all H * W positions, one head: (B, C, H, W), shape kept."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1)
+        attended = F.scaled_dot_product_attention(q, k, v)[:, 0]  # (B, H * W, C)
+        return x + self.out(attended.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halve the resolution by a convolution: (B, C, H, W) to (B, C, H / 2, W / 2)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Padding right and below only keeps the sampling grid aligned with the input's even pixels.
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the resolution: nearest neighbour, then a convolution. (B, C, H, W) to (B, C, 2 H, 2 W)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def levels(
+    channels: tuple[int, ...], blocks: int, attention: tuple[bool, ...], dropout: float
+) -> nn.ModuleList:
+    """Residual blocks per level of resolution, each with attention after it where asked for.
+
+    Args:
+        channels: (n + 1) channels, that of the input and then of each of n levels.
+        blocks: residual blocks a level.
+        attention: (n) whether a level attends.
+        dropout: of the residual blocks.
+    """
+    stages = []
+    for level, attends in enumerate(attention):
+        layers: list[nn.Module] = []
+        for block in range(blocks):
+            layers.append(ResidualBlock(channels[level + (block > 0)], channels[level + 1], dropout))
+            if attends:
+                layers.append(AttentionBlock(channels[level + 1]))
+        stages.append(nn.Sequential(*layers))
+    return nn.ModuleList(stages)
+
+
+def middle(channels: int, attends: bool, dropout: float) -> nn.Sequential:
+    """The blocks at the lowest resolution: residual, attention where asked for, residual."""
+    attention: list[nn.Module] = [AttentionBlock(channels)] if attends else []
+    return nn.Sequential(
+        ResidualBlock(channels, dropout=dropout), *attention, ResidualBlock(channels, dropout=dropout)
+    )

@@ -1,10 +1,144 @@
-// vqfast._cuda: the CUDA launchers as Python functions of raw pointers. Imports on machines without a driver.
+// vqfast._cuda: the CUDA launchers as Python functions of raw pointers. Sizes and dtypes are checked by the caller.
+// It imports on machines without a driver; devices() says then what is missing.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "vqfast.h"
 
 namespace py = pybind11;
 
+namespace {
+
+std::string error_string(int code) {
+  if (code < VQFAST_CUDA_ERROR) return "error code " + std::to_string(code);
+  return cudaGetErrorString((cudaError_t)(code - VQFAST_CUDA_ERROR));
+}
+
+void check(int code) {
+  if (code != VQFAST_OK) throw std::runtime_error("vqfast: CUDA kernel failed: " + error_string(code));
+}
+
+// "sm_90" of each device.
+std::vector<std::string> devices() {
+  const auto ask = [](cudaError_t error) {
+    if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+  };
+  int count = 0;
+  ask(cudaGetDeviceCount(&count));
+  std::vector<std::string> names;
+  for (int i = 0; i < count; ++i) {
+    int major = 0, minor = 0;
+    ask(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, i));
+    ask(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, i));
+    names.push_back("sm_" + std::to_string(major) + std::to_string(minor));
+  }
+  return names;
+}
+
+template <class T>
+T *pointer(uintptr_t address) {
+  return reinterpret_cast<T *>(address);
+}
+
+// A (batch, rows, D) view: address, batch, rows and three strides in elements, as layout.py gives them.
+vqfast_rows rows(const py::tuple &view) {
+  return {pointer<const void>(view[0].cast<uintptr_t>()), view[1].cast<int64_t>(), view[2].cast<int64_t>(),
+          view[3].cast<int64_t>(),                         view[4].cast<int64_t>(), view[5].cast<int64_t>()};
+}
+
+int64_t nearest_scratch(int64_t N, int64_t D, int64_t K, int device) {
+  int64_t bytes = 0;
+  check(vqfast_cuda_nearest_scratch(N, D, K, device, &bytes));
+  return bytes;
+}
+
+void nearest(int dtype, const py::tuple &x, int64_t D, uintptr_t codebook, int64_t K, uintptr_t indices,
+             uintptr_t reranked, uintptr_t scratch, int device, uintptr_t stream) {
+  check(vqfast_cuda_nearest((vqfast_dtype)dtype, rows(x), D, pointer<const void>(codebook), K,
+                            pointer<int64_t>(indices), pointer<int64_t>(reranked), pointer<void>(scratch), device,
+                            pointer<void>(stream)));
+}
+
+void lookup(int dtype, const py::tuple &x, int64_t D, uintptr_t codebook, int64_t K, uintptr_t indices,
+            uintptr_t quantized, uintptr_t error, uintptr_t counts, int device, uintptr_t stream) {
+  check(vqfast_cuda_lookup((vqfast_dtype)dtype, rows(x), D, pointer<const void>(codebook), K,
+                           pointer<const int64_t>(indices), pointer<void>(quantized), pointer<void>(error),
+                           pointer<int64_t>(counts), device, pointer<void>(stream)));
+}
+
+void lookup_backward(int dtype, const py::tuple &grad_quantized, uintptr_t grad_error, const py::tuple &x, int64_t D,
+                     uintptr_t codebook, int64_t K, uintptr_t indices, uintptr_t grad_x, int device,
+                     uintptr_t stream) {
+  check(vqfast_cuda_lookup_backward((vqfast_dtype)dtype, rows(grad_quantized), pointer<const void>(grad_error),
+                                    rows(x), D, pointer<const void>(codebook), K, pointer<const int64_t>(indices),
+                                    pointer<void>(grad_x), device, pointer<void>(stream)));
+}
+
+int64_t codebook_stats_scratch(int dtype, int64_t N, int64_t D, int64_t K) {
+  int64_t bytes = 0;
+  check(vqfast_cuda_codebook_stats_scratch((vqfast_dtype)dtype, N, D, K, &bytes));
+  return bytes;
+}
+
+void codebook_stats(int dtype, const py::tuple &x, int64_t D, uintptr_t indices, uintptr_t weights, int64_t K,
+                    uintptr_t counts, uintptr_t sums, uintptr_t scratch, int device, uintptr_t stream) {
+  check(vqfast_cuda_codebook_stats((vqfast_dtype)dtype, rows(x), D, pointer<const int64_t>(indices),
+                                   pointer<const void>(weights), K, pointer<void>(counts), pointer<void>(sums),
+                                   pointer<void>(scratch), device, pointer<void>(stream)));
+}
+
+void uniform_q_sample(uintptr_t x0, uintptr_t t, uintptr_t alpha_bar, int64_t T, int64_t B, int64_t L, int64_t K,
+                      uintptr_t key, uintptr_t x_t, int device, uintptr_t stream) {
+  check(vqfast_cuda_uniform_q_sample(pointer<const int64_t>(x0), pointer<const int64_t>(t),
+                                     pointer<const double>(alpha_bar), T, B, L, K, pointer<const int64_t>(key),
+                                     pointer<int64_t>(x_t), device, pointer<void>(stream)));
+}
+
+void uniform_diffusion_loss(int dtype, uintptr_t logits, uintptr_t x0, uintptr_t x_t, uintptr_t t, uintptr_t s,
+                            uintptr_t alpha_bar, int64_t T, int64_t B, int64_t L, int64_t K, uintptr_t scale,
+                            double aux_weight, uintptr_t loss, uintptr_t grad, int device, uintptr_t stream) {
+  check(vqfast_cuda_uniform_diffusion_loss(
+      (vqfast_dtype)dtype, pointer<const void>(logits), pointer<const int64_t>(x0), pointer<const int64_t>(x_t),
+      pointer<const int64_t>(t), pointer<const int64_t>(s), pointer<const double>(alpha_bar), T, B, L, K,
+      pointer<const double>(scale), aux_weight, pointer<void>(loss), pointer<void>(grad), device,
+      pointer<void>(stream)));
+}
+
+void scale_rows(int dtype, uintptr_t rows, int64_t R, int64_t K, uintptr_t scale, int64_t stride, int device,
+                uintptr_t stream) {
+  check(vqfast_cuda_scale_rows((vqfast_dtype)dtype, pointer<void>(rows), R, K, pointer<const void>(scale), stride,
+                               device, pointer<void>(stream)));
+}
+
+void uniform_p_sample(int dtype, uintptr_t logits, uintptr_t x_t, uintptr_t t, uintptr_t s, uintptr_t alpha_bar,
+                      int64_t T, int64_t B, int64_t L, int64_t K, uintptr_t known, double temperature, uintptr_t key,
+                      uintptr_t x_s, int device, uintptr_t stream) {
+  check(vqfast_cuda_uniform_p_sample((vqfast_dtype)dtype, pointer<const void>(logits), pointer<const int64_t>(x_t),
+                                     pointer<const int64_t>(t), pointer<const int64_t>(s),
+                                     pointer<const double>(alpha_bar), T, B, L, K, pointer<const int64_t>(known),
+                                     temperature, pointer<const int64_t>(key), pointer<int64_t>(x_s), device,
+                                     pointer<void>(stream)));
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_cuda, m) {
   m.attr("targets") = VQFAST_CUDA_TARGETS;
-  m.def("error_string", [](int code) { return std::string(cudaGetErrorString(cudaError_t(code))); });
+  m.def("devices", &devices);
+  m.def("error_string", &error_string);
+  m.def("nearest_scratch", &nearest_scratch);
+  m.def("nearest", &nearest);
+  m.def("lookup", &lookup);
+  m.def("lookup_backward", &lookup_backward);
+  m.def("codebook_stats_scratch", &codebook_stats_scratch);
+  m.def("codebook_stats", &codebook_stats);
+  m.def("uniform_q_sample", &uniform_q_sample);
+  m.def("uniform_diffusion_loss", &uniform_diffusion_loss);
+  m.def("scale_rows", &scale_rows);
+  m.def("uniform_p_sample", &uniform_p_sample);
 }

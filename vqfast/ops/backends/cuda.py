@@ -1,20 +1,71 @@
-"""CUDA C++ kernels of the compiled extension `vqfast._cuda`."""
+"""CUDA C++ kernels of the compiled extension `vqfast._cuda`.
+
+Scratch memory comes from torch's allocator and work goes to torch's current stream, so every op can be captured in a
+CUDA graph. What the runtime refuses is raised as RuntimeError with its own text.
+"""
+
+import torch
+from torch import Tensor
+
+from vqfast.ops.backends.compiled import CompiledKernels
+from vqfast.ops.backends.layout import DTYPE
+
+try:
+    from vqfast import _cuda
+
+    _REASON = None
+except ImportError as error:
+    _cuda = None
+    _REASON = (
+        f"the CUDA extension cannot be loaded; where nvcc is found, pip install -e . builds it, "
+        f"unless VQFAST_CUDA=0 ({error})"
+    )
 
 NAME = "cuda"
 PRIORITY = 30
 DEVICES = ("cuda",)
 
+_MOST_ROWS = 2**31 - 65  # of codebook_stats: rows are numbered in 32 bits
+
 
 def unavailable(device_type: str) -> str | None:
+    if _cuda is None:
+        return _REASON
     try:
-        from vqfast import _cuda  # noqa: F401
-    except ImportError:
-        return "the CUDA extension was not built (nvcc was not found, or VQFAST_CUDA=0)"
+        devices = _cuda.devices()
+    except RuntimeError as error:
+        return f"no CUDA device: {error}"
+    if not devices:
+        return "no CUDA device"
+    oldest = min(int(target.removeprefix("sm_")) for target in _cuda.targets.replace(",", " ").split())
+    for i, name in enumerate(devices):
+        if int(name.removeprefix("sm_")) < oldest:
+            return f"cuda:{i} is {name}, the extension was built for {_cuda.targets} (see VQFAST_CUDA_ARCHS)"
     return None
 
 
 def unsupported(op: str, args: tuple) -> str | None:
-    return None if op in KERNELS else f"it has no kernel for {op}"
+    if op not in KERNELS:
+        return f"it has no kernel for {op}"
+    if op == "codebook_stats" and args[1].numel() > _MOST_ROWS:
+        return f"{args[1].numel()} vectors, at most {_MOST_ROWS}"
+    return None
 
 
-KERNELS = {}
+class _CudaKernels(CompiledKernels):
+    def where(self, tensor: Tensor) -> tuple[int, ...]:
+        return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+
+    def search_memory(self, x: Tensor, codebook: Tensor) -> tuple[Tensor | None, ...]:
+        K, D = codebook.shape
+        size = _cuda.nearest_scratch(x.numel() // D, D, K, x.device.index)
+        # Not counted: how many rows were decided by exact distance.
+        return None, x.new_empty(size, dtype=torch.uint8)
+
+    def stats_memory(self, x: Tensor, codebook_size: int) -> tuple[Tensor | None, ...]:
+        D = x.shape[-1]
+        size = _cuda.codebook_stats_scratch(DTYPE[x.dtype], x.numel() // max(D, 1), D, codebook_size)
+        return (x.new_empty(size, dtype=torch.uint8),)
+
+
+KERNELS = _CudaKernels(_cuda).kernels()

@@ -1,0 +1,134 @@
+// Launch plans: how each op is cut into blocks, as pure functions of its sizes and of the device's limits.
+#pragma once
+
+#include <stdint.h>
+
+namespace vqfast {
+
+struct DeviceLimits {
+  int multiprocessors;
+  int shared_bytes;  // that a block may ask for
+  int grid_x;
+};
+
+struct LaunchPlan {
+  unsigned grid_x, grid_y, threads;
+  int64_t shared_bytes;
+};
+
+constexpr int64_t kMaxCodes = 0x7fffffff - 1023;  // code numbers, padded to tiles and strides, fit 32 bits
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// A block per `per_block` items. Kernels stride by the grid, for there may be more items than blocks.
+constexpr LaunchPlan items_plan(int64_t items, int64_t per_block, unsigned threads, DeviceLimits limits) {
+  return {(unsigned)at_least(1, at_most(ceil_div(items, per_block), limits.grid_x)), 1, threads, 0};
+}
+
+// The same for codes, features and chunks, of which there are never more than blocks; kernels do not stride.
+constexpr LaunchPlan each_plan(int64_t items, int64_t per_block, unsigned threads) {
+  return {(unsigned)ceil_div(items, per_block), 1, threads, 0};
+}
+
+// ---- nearest -------------------------------------------------------------------------------------------------------
+
+constexpr int kSearchThreads = 256;
+constexpr int kTileRows = 128, kTileCodes = 128, kTileFeatures = 8;
+constexpr int kSearchBlocksPerMultiprocessor = 2;
+
+struct SearchPlan {
+  int64_t row_tiles, code_tiles;
+  int64_t splits, tiles_per_split;  // the codebook is cut into `splits` parts, so that few rows fill the device too
+  int64_t padded_codes, padded_features;
+  int64_t exact_blocks;  // of the fixed grid that decides the rows left open
+};
+
+// The split with the least time, counted in code tiles that a multiprocessor goes through one after the other; half a
+// tile more per block for its start. At most 8 waves of blocks, so that partial results stay small.
+constexpr SearchPlan search_plan(int64_t N, int64_t D, int64_t K, DeviceLimits limits) {
+  SearchPlan plan = {};
+  plan.row_tiles = ceil_div(N, kTileRows);
+  plan.code_tiles = ceil_div(K, kTileCodes);
+  const int64_t slots = (int64_t)kSearchBlocksPerMultiprocessor * limits.multiprocessors;
+  int64_t least = -1;
+  for (int64_t s = 1; s <= at_most(plan.code_tiles, 1024); ++s) {
+    if (s > 1 && s * plan.row_tiles > 8 * slots) break;
+    const int64_t tiles = ceil_div(plan.code_tiles, s);
+    const int64_t cost = ceil_div(plan.row_tiles * s, slots) * (2 * tiles + 1);
+    if (least < 0 || cost < least) {
+      least = cost;
+      plan.tiles_per_split = tiles;
+    }
+  }
+  plan.splits = ceil_div(plan.code_tiles, plan.tiles_per_split);
+  plan.padded_codes = plan.code_tiles * kTileCodes;
+  plan.padded_features = ceil_div(D, kTileFeatures) * kTileFeatures;
+  plan.exact_blocks = at_most(4 * (int64_t)limits.multiprocessors, limits.grid_x);
+  return plan;
+}
+
+constexpr LaunchPlan search_scores_plan(const SearchPlan &plan, DeviceLimits limits) {
+  return {(unsigned)at_least(1, at_most(plan.row_tiles, limits.grid_x)), (unsigned)plan.splits, kSearchThreads, 0};
+}
+
+// ---- softmax over a row of K scores --------------------------------------------------------------------------------
+
+constexpr unsigned kMaxRowThreads = 512;
+
+// One block a row, about two vectors a thread. shared_bytes keeps the row between passes; 0 where it does not fit, and
+// the row is read again.
+constexpr LaunchPlan softmax_plan(int64_t rows, int64_t K, int vector, int64_t accumulator_bytes,
+                                  DeviceLimits limits) {
+  const int64_t vectors = ceil_div(K, vector);
+  const int64_t threads = at_least(32, at_most(ceil_div(vectors, 64) * 32, kMaxRowThreads));
+  const int64_t kept = ceil_div(vectors, threads) * threads * vector * accumulator_bytes;
+  // A kilobyte stays for the kernel's own variables.
+  return {(unsigned)at_least(1, at_most(rows, limits.grid_x)), 1, (unsigned)threads,
+          kept <= limits.shared_bytes - 1024 ? kept : 0};
+}
+
+// ---- lookup --------------------------------------------------------------------------------------------------------
+
+constexpr int kLookupThreads = 256, kLookupWarps = kLookupThreads / 32;
+
+// A warp a row, or a block a tile of 32 rows.
+constexpr LaunchPlan lookup_plan(int64_t N, bool vectors, DeviceLimits limits) {
+  return items_plan(N, vectors ? kLookupWarps : 32, kLookupThreads, limits);
+}
+
+// ---- codebook statistics -------------------------------------------------------------------------------------------
+
+constexpr int kPiece = 64;  // vectors that one block adds up
+constexpr int kPlaceThreads = 64, kSumThreads = 256, kScanThreads = 1024;
+
+struct StatsPlan {
+  int64_t chunks, rows_per_chunk;  // a warp counts and places the rows of a chunk
+  int64_t pieces;
+};
+
+// Up to 256 chunks, fewer where a table of (K, chunks) would pass 32 MiB.
+constexpr StatsPlan stats_plan(int64_t N, int64_t K) {
+  const int64_t most = at_least(8, at_most(256, (int64_t)(1 << 23) / K));
+  const int64_t rows = at_least(256, ceil_div(ceil_div(N, most), 32) * 32);
+  return {at_least(1, ceil_div(N, rows)), rows, ceil_div(N, kPiece)};
+}
+
+constexpr LaunchPlan stats_sum_plan(const StatsPlan &plan, int64_t columns, DeviceLimits limits) {
+  const int64_t threads = at_most(ceil_div(columns, 32) * 32, kSumThreads);
+  return {(unsigned)at_least(1, at_most(plan.pieces, limits.grid_x)),
+          (unsigned)at_most(ceil_div(columns, threads), 65535), (unsigned)threads, 0};
+}
+
+// ---- one thread a token, one warp a row ----------------------------------------------------------------------------
+
+constexpr LaunchPlan tokens_plan(int64_t tokens, DeviceLimits limits) { return items_plan(tokens, 256, 256, limits); }
+
+// A fixed grid that strides over the rows: most of them need no work when their scale is 1.
+constexpr LaunchPlan scale_rows_plan(int64_t rows, DeviceLimits limits) {
+  const int64_t blocks = at_most(ceil_div(rows, 8), at_most(16 * (int64_t)limits.multiprocessors, limits.grid_x));
+  return {(unsigned)at_least(1, blocks), 1, 256, 0};
+}
+
+}  // namespace vqfast

@@ -1,0 +1,50 @@
+// The launch plans of csrc/cuda/launch.h for ctypes.
+#include "launch.h"
+
+using namespace vqfast;
+
+namespace {
+
+DeviceLimits limits(const int64_t *device) { return {(int)device[0], (int)device[1], (int)device[2]}; }
+
+void write(const LaunchPlan &plan, int64_t *out) {
+  out[0] = plan.grid_x;
+  out[1] = plan.grid_y;
+  out[2] = plan.threads;
+  out[3] = plan.shared_bytes;
+}
+
+}  // namespace
+
+extern "C" {
+
+void search(int64_t N, int64_t D, int64_t K, const int64_t *device, int64_t *out) {
+  const SearchPlan plan = search_plan(N, D, K, limits(device));
+  write(search_scores_plan(plan, limits(device)), out);
+  const int64_t rest[] = {plan.row_tiles,    plan.code_tiles,      plan.splits,      plan.tiles_per_split,
+                          plan.padded_codes, plan.padded_features, plan.exact_blocks};
+  for (int i = 0; i < 7; ++i) out[4 + i] = rest[i];
+}
+
+void softmax(int64_t rows, int64_t K, int64_t vector, int64_t bytes, const int64_t *device, int64_t *out) {
+  write(softmax_plan(rows, K, (int)vector, bytes, limits(device)), out);
+}
+
+void lookup(int64_t N, int64_t vectors, const int64_t *device, int64_t *out) {
+  write(lookup_plan(N, vectors != 0, limits(device)), out);
+}
+
+void stats(int64_t N, int64_t K, int64_t columns, const int64_t *device, int64_t *out) {
+  const StatsPlan plan = stats_plan(N, K);
+  write(stats_sum_plan(plan, columns, limits(device)), out);
+  out[4] = plan.chunks;
+  out[5] = plan.rows_per_chunk;
+  out[6] = plan.pieces;
+}
+
+void tokens(int64_t count, const int64_t *device, int64_t *out) { write(tokens_plan(count, limits(device)), out); }
+
+void scale_rows(int64_t rows, const int64_t *device, int64_t *out) {
+  write(scale_rows_plan(rows, limits(device)), out);
+}
+}

@@ -1,0 +1,135 @@
+"""What ptxas made of the kernels in the built extension: registers, stack, shared memory, memory instructions."""
+
+import re
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+# Threads of a block and blocks that a multiprocessor must hold, from the kernels' launch bounds.
+BOUNDS = {
+    "nearest_scores": (256, 2),
+    "nearest_exact": (256, 1),
+    "lookup": (256, 4),
+    "stats_scan_codes": (1024, 1),
+    "stats_sum": (256, 4),
+    "uniform_diffusion_loss": (512, 1),
+    "uniform_p_sample": (512, 1),
+}
+REGISTERS = 65536  # of a multiprocessor, from sm_80 to sm_100
+STATIC_SHARED = 48 << 10
+# Shared memory of a multiprocessor; a block takes one KiB more than it asks for.
+SHARED = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
+
+
+@pytest.fixture(scope="module")
+def extension() -> Path:
+    try:
+        from vqfast import _cuda
+    except ImportError:
+        pytest.skip("the CUDA extension is not built (nvcc not found, or VQFAST_CUDA=0)")
+    return Path(_cuda.__file__)
+
+
+@pytest.fixture(scope="module")
+def cuobjdump() -> str:
+    """Of the toolkit, or the one that triton brings."""
+    program = shutil.which("cuobjdump", path="/usr/local/cuda/bin") or shutil.which("cuobjdump")
+    triton = find_spec("triton")
+    if program is None and triton is not None and triton.origin is not None:
+        program = shutil.which("cuobjdump", path=str(Path(triton.origin).parent / "backends/nvidia/bin"))
+    if program is None:
+        pytest.skip("no cuobjdump (the CUDA toolkit or triton has one)")
+    return program
+
+
+def demangled(text: str) -> str:
+    program = shutil.which("c++filt")
+    if program is None:
+        pytest.skip("no c++filt (binutils has it)")
+    return subprocess.run([program], input=text, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def usage(extension, cuobjdump) -> dict[tuple[str, str], dict[str, int]]:
+    """(target, kernel) -> REG, STACK, SHARED, LOCAL."""
+    command = [cuobjdump, "-res-usage", str(extension)]
+    text = demangled(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    found, target, kernel = {}, "", ""
+    for line in text.splitlines():
+        if match := re.match(r"arch = (sm_\w+)", line):
+            target = match[1]
+        elif match := re.match(r" Function (?:void )?(?:vqfast::)?(.+)\(.*:$", line):
+            kernel = match[1].replace("vqfast::", "")
+        elif "REG:" in line:
+            found[target, kernel] = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
+    return found
+
+
+def test_every_target_has_every_kernel(usage, extension):
+    from vqfast import _cuda
+
+    targets = set(re.findall(r"sm_\w+", _cuda.targets))
+    kernels = {kernel for _, kernel in usage}
+    assert {target for target, _ in usage} == targets
+    assert set(usage) == {(target, kernel) for target in targets for kernel in kernels}
+    for name, instances in [
+        ("nearest_scores", 8), ("nearest_exact", 4), ("lookup_rows", 4), ("lookup_tiles", 4),
+        ("lookup_backward_rows", 4), ("lookup_backward_tiles", 4), ("stats_sum", 4), ("uniform_diffusion_loss", 8),
+        ("scale_rows", 8), ("uniform_q_sample", 1), ("uniform_p_sample", 8),
+    ]:  # fmt: skip
+        assert sum(kernel.split("<")[0] == name for kernel in kernels) == instances, name
+
+
+def test_no_kernel_spills_registers_or_keeps_arrays_in_memory(usage):
+    assert not {key: use for key, use in usage.items() if use["STACK"] or use["LOCAL"]}
+
+
+def test_registers_and_shared_memory_leave_room_for_the_blocks_that_launch_bounds_promise(usage):
+    for (target, kernel), use in usage.items():
+        name = kernel.split("<")[0]
+        key = next((key for key in BOUNDS if name.startswith(key)), None)
+        threads, blocks = BOUNDS[key] if key else (256, 1)
+        granted = -(-use["REG"] // 8) * 8
+        assert granted * threads * blocks <= REGISTERS, (target, kernel, use)
+        assert use["SHARED"] <= STATIC_SHARED, (target, kernel, use)
+        assert (use["SHARED"] + 1024) * blocks <= SHARED.get(target, 100 << 10), (target, kernel, use)
+
+
+@pytest.fixture(scope="module")
+def instructions(extension, cuobjdump) -> dict[str, str]:
+    """kernel -> SASS for sm_90, or for the newest target where that was not built."""
+    from vqfast import _cuda
+
+    targets = re.findall(r"sm_\w+", _cuda.targets)
+    target = "sm_90" if "sm_90" in targets else targets[-1]
+    command = [cuobjdump, "-sass", "-arch", target, str(extension)]
+    text = demangled(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    parts = re.split(r"\n\s*Function : (?:void )?(?:vqfast::)?", text)[1:]
+    return {part.splitlines()[0].split("(")[0].replace("vqfast::", ""): part for part in parts}
+
+
+def test_memory_is_read_and_written_16_bytes_at_a_time(instructions):
+    for kernel in [
+        "lookup_rows<float>", "lookup_rows<bf16>", "lookup_backward_rows<f16>", "uniform_diffusion_loss<float, 4>",
+        "uniform_diffusion_loss<bf16, 8>", "uniform_diffusion_loss<double, 2>", "scale_rows<bf16, 8>",
+    ]:  # fmt: skip
+        assert re.search(r"LDG\.E\.\S*128", instructions[kernel]), kernel
+        assert re.search(r"STG\.E\.\S*128", instructions[kernel]), kernel
+    assert re.search(r"LDG\.E\.\S*128", instructions["uniform_p_sample<float, 4>"])
+
+
+def test_search_multiplies_and_adds_in_one_instruction_from_16_byte_shared_reads(instructions):
+    for kernel in ["nearest_scores<float, false>", "nearest_scores<bf16, true>"]:
+        sass = instructions[kernel]
+        assert len(re.findall(r"\bFFMA\b", sass)) >= 4 * 64, kernel
+        assert len(re.findall(r"\bLDS\.128\b", sass)) >= 4 * 4, kernel
+        assert not re.search(r"\b(DFMA|DMUL|DADD)\b", sass), kernel
+
+
+def test_no_kernel_adds_floats_atomically(instructions):
+    """Sums in the order of arrival would change from run to run."""
+    for kernel, sass in instructions.items():
+        assert not re.search(r"\b(ATOM|ATOMG|ATOMS|RED|REDG)\.\S*(F32|F64|F16|BF16)", sass), kernel

@@ -1,0 +1,108 @@
+"""How ops are cut into blocks: within every device's limits, complete, and balanced, for sizes from 0 to huge."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+GRID_X, GRID_Y, THREADS = 2**31 - 1, 65535, 1024
+# Multiprocessors and shared memory per block: consumer sm_86 and sm_89, A100, H200, B200, and one small device.
+DEVICES = [(28, 99 << 10), (128, 99 << 10), (108, 163 << 10), (132, 227 << 10), (148, 227 << 10), (1, 48 << 10)]
+H200 = (132, 227 << 10)
+SIZES = [1, 2, 31, 32, 33, 127, 128, 129, 1000, 8192, 65536, 10**6, 2**31 - 200, 2**31 + 5, 10**10]
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    """plan(name, *sizes, device=...) -> the numbers of a plan, from a small library built of launch.h."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler (g++ or CXX)")
+    library = tmp_path_factory.mktemp("plans") / "plans.so"
+    source = Path(__file__).with_name("launch_plans.cpp")
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
+    subprocess.run([compiler, *flags, f"-I{ROOT / 'csrc/cuda'}", str(source), "-o", str(library)], check=True)
+    loaded = ctypes.CDLL(str(library))
+    fields = {
+        "search": "row_tiles code_tiles splits tiles_per_split padded_codes padded_features exact_blocks".split(),
+        "stats": "chunks rows_per_chunk pieces".split(),
+    }
+
+    def call(name: str, *sizes: int, device: tuple[int, int] = H200) -> SimpleNamespace:
+        out = (ctypes.c_int64 * 16)()
+        limits = (ctypes.c_int64 * 3)(*device, GRID_X)
+        getattr(loaded, name)(*(ctypes.c_int64(size) for size in sizes), limits, out)
+        names = ["grid_x", "grid_y", "threads", "shared_bytes", *fields.get(name, [])]
+        return SimpleNamespace(**dict(zip(names, out, strict=False)))
+
+    return call
+
+
+def assert_launchable(plan, device, where) -> None:
+    assert 1 <= plan.grid_x <= GRID_X and 1 <= plan.grid_y <= GRID_Y, where
+    assert 32 <= plan.threads <= THREADS and plan.threads % 32 == 0, where
+    assert 0 <= plan.shared_bytes <= device[1] - 1024, where
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda d: f"{d[0]}x{d[1] >> 10}K")
+def test_every_plan_is_within_the_limits_of_the_device(plan, device):
+    for n, K in product([0, *SIZES], SIZES[:12]):
+        for name, sizes in [
+            ("softmax", (n, K, 4, 4)), ("softmax", (n, K, 8, 4)), ("softmax", (n, K, 1, 8)), ("lookup", (n, 0)),
+            ("lookup", (n, 1)), ("stats", (n, K, 1)), ("stats", (n, K, 10**6)), ("tokens", (n,)), ("scale_rows", (n,)),
+        ]:  # fmt: skip
+            assert_launchable(plan(name, *sizes, device=device), device, (name, sizes))
+        if n > 0:
+            assert_launchable(plan("search", n, 64, K, device=device), device, ("search", n, K))
+
+
+def test_every_code_and_every_row_is_searched_once(plan):
+    for n, K, device in product(SIZES, SIZES[:12], DEVICES):
+        p = plan("search", n, 64, K, device=device)
+        assert 128 * (p.row_tiles - 1) < n <= 128 * p.row_tiles
+        assert (
+            p.splits == p.grid_y and (p.splits - 1) * p.tiles_per_split < p.code_tiles <= p.splits * p.tiles_per_split
+        )
+        assert p.padded_codes == 128 * p.code_tiles and 0 <= p.padded_codes - K < 128
+        # Partial results: at most eight waves of blocks.
+        assert p.splits == 1 or p.splits * p.row_tiles <= 8 * 2 * device[0]
+
+
+def test_few_rows_are_split_so_that_the_device_is_full(plan):
+    for n, K in [(1, 16384), (128, 8192), (1024, 16384), (8192, 8192), (8192, 16384), (17920, 4096)]:
+        p = plan("search", n, 256, K)
+        slots = 2 * 132
+        waves = -(-p.row_tiles * p.splits // slots)
+        busy = p.row_tiles * p.code_tiles / (waves * slots * p.tiles_per_split)
+        whole = min(1.0, p.row_tiles * p.code_tiles / slots)
+        assert busy >= 0.8 * whole, (n, K, p, busy)
+
+
+def test_many_rows_are_not_split(plan):
+    assert plan("search", 10**6, 64, 8192).splits == 1
+
+
+def test_a_row_of_scores_stays_in_shared_memory_where_it_fits(plan):
+    assert plan("softmax", 8192, 1024, 4, 4).shared_bytes == 4096
+    assert plan("softmax", 8192, 16384, 4, 4).shared_bytes == 65536
+    assert plan("softmax", 8192, 16384, 2, 8).shared_bytes == 131072
+    assert plan("softmax", 8192, 16384, 2, 8, device=(128, 99 << 10)).shared_bytes == 0
+    assert plan("softmax", 8192, 10**6, 4, 4).shared_bytes == 0
+    for K, vector in product(SIZES[:10], (1, 2, 4, 8)):
+        p = plan("softmax", 4, K, vector, 4)
+        if p.shared_bytes:
+            assert p.shared_bytes >= 4 * K and p.shared_bytes % (4 * vector * p.threads) == 0
+
+
+def test_statistics_cover_every_row_with_a_bounded_table(plan):
+    for n, K in product([0, *SIZES[:13]], SIZES[:12]):
+        p = plan("stats", n, K, 65)
+        assert p.chunks * p.rows_per_chunk >= n and (p.chunks - 1) * p.rows_per_chunk <= n
+        assert p.rows_per_chunk % 32 == 0 and p.pieces * 64 >= n
+        assert p.chunks * K * 4 <= max(32 << 20, 32 * K)

@@ -1,0 +1,170 @@
+"""From tensors to the launchers of a compiled extension: memory for the results, addresses, sizes, strides."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from vqfast.ops.backends.layout import DTYPE, as_rows
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class CompiledKernels:
+    """The ops as methods; `kernels()` lists them by name.
+
+    Args:
+        extension: a module with the launchers of csrc/include/vqfast.h, without their prefix.
+    """
+
+    def __init__(self, extension: ModuleType):
+        self.extension = extension
+
+    def where(self, tensor: Tensor) -> tuple[int, ...]:
+        """The launchers' last arguments: where to run."""
+        return ()
+
+    def search_memory(self, x: Tensor, codebook: Tensor) -> tuple[Tensor | None, ...]:
+        """Further buffers of `nearest`, between its results and `where`."""
+        return ()
+
+    def stats_memory(self, x: Tensor, codebook_size: int) -> tuple[Tensor | None, ...]:
+        """Further buffers of `codebook_stats`, between its results and `where`."""
+        return ()
+
+    def kernels(self) -> dict:
+        return {
+            "nearest": self.nearest,
+            "lookup": self.lookup,
+            "lookup_backward": self.lookup_backward,
+            "codebook_stats": self.codebook_stats,
+            "uniform_q_sample": self.uniform_q_sample,
+            "uniform_diffusion_loss": self.uniform_diffusion_loss,
+            "scale_rows_": self.scale_rows_,
+            "uniform_p_sample": self.uniform_p_sample,
+        }
+
+    def nearest(self, x: Tensor, codebook: Tensor) -> Tensor:
+        rows, codebook = as_rows(x), codebook.contiguous()
+        indices = x.new_empty(x.shape[:-1], dtype=torch.int64)
+        memory = self.search_memory(x, codebook)
+        self.extension.nearest(
+            DTYPE[x.dtype], rows.view, x.shape[-1], codebook.data_ptr(), codebook.shape[0], indices.data_ptr(),
+            *map(_address, memory), *self.where(x),
+        )  # fmt: skip
+        return indices
+
+    def lookup(self, x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows, codebook, indices = as_rows(x), codebook.contiguous(), indices.contiguous()
+        K, D = codebook.shape
+        quantized = x.new_empty(x.shape)
+        error = x.new_empty(x.shape[:-1], dtype=_accumulator(x))
+        counts = x.new_empty(K, dtype=torch.int64)
+        self.extension.lookup(
+            DTYPE[x.dtype], rows.view, D, codebook.data_ptr(), K, indices.data_ptr(),
+            quantized.data_ptr(), error.data_ptr(), counts.data_ptr(), *self.where(x),
+        )  # fmt: skip
+        return quantized, error, counts
+
+    def lookup_backward(
+        self, grad_quantized: Tensor, grad_error: Tensor, x: Tensor, codebook: Tensor, indices: Tensor
+    ) -> Tensor:
+        grad_rows, rows = as_rows(grad_quantized), as_rows(x)
+        grad_error, codebook, indices = grad_error.contiguous(), codebook.contiguous(), indices.contiguous()
+        K, D = codebook.shape
+        grad_x = x.new_empty(x.shape)
+        self.extension.lookup_backward(
+            DTYPE[x.dtype], grad_rows.view, grad_error.data_ptr(), rows.view, D, codebook.data_ptr(), K,
+            indices.data_ptr(), grad_x.data_ptr(), *self.where(x),
+        )  # fmt: skip
+        return grad_x
+
+    def codebook_stats(
+        self, x: Tensor, indices: Tensor, weights: Tensor | None, codebook_size: int
+    ) -> tuple[Tensor, Tensor]:
+        rows, indices = as_rows(x), indices.contiguous()
+        D, accumulator = x.shape[-1], _accumulator(x)
+        if weights is not None:
+            weights = weights.to(accumulator).contiguous()
+        counts = x.new_empty(codebook_size, dtype=accumulator)
+        sums = x.new_empty(codebook_size, D, dtype=accumulator)
+        memory = self.stats_memory(x, codebook_size)
+        self.extension.codebook_stats(
+            DTYPE[x.dtype], rows.view, D, indices.data_ptr(), _address(weights), codebook_size,
+            counts.data_ptr(), sums.data_ptr(), *map(_address, memory), *self.where(x),
+        )  # fmt: skip
+        return counts, sums
+
+    def uniform_q_sample(self, x0: Tensor, t: Tensor, alpha_bar: Tensor, codebook_size: int, key: Tensor) -> Tensor:
+        x0, t, alpha_bar, key = x0.contiguous(), t.contiguous(), alpha_bar.contiguous(), key.contiguous()
+        x_t = x0.new_empty(x0.shape)
+        self.extension.uniform_q_sample(
+            x0.data_ptr(), t.data_ptr(), alpha_bar.data_ptr(), alpha_bar.shape[0] - 1, *x0.shape, codebook_size,
+            key.data_ptr(), x_t.data_ptr(), *self.where(x0),
+        )  # fmt: skip
+        return x_t
+
+    def uniform_diffusion_loss(
+        self,
+        logits: Tensor,
+        x0: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        alpha_bar: Tensor,
+        scale: Tensor,
+        aux_weight: float,
+        with_grad: bool,
+    ) -> tuple[Tensor, Tensor]:
+        logits, x0, x_t, t, s = (a.contiguous() for a in (logits, x0, x_t, t, s))
+        alpha_bar, scale = alpha_bar.contiguous(), scale.contiguous()
+        loss = logits.new_empty(x0.shape, dtype=_accumulator(logits))
+        grad = logits.new_empty(logits.shape if with_grad else (0,))
+        self.extension.uniform_diffusion_loss(
+            DTYPE[logits.dtype], logits.data_ptr(), x0.data_ptr(), x_t.data_ptr(), t.data_ptr(), s.data_ptr(),
+            alpha_bar.data_ptr(), alpha_bar.shape[0] - 1, *logits.shape, scale.data_ptr(), aux_weight,
+            loss.data_ptr(), grad.data_ptr() if with_grad else 0, *self.where(logits),
+        )  # fmt: skip
+        return loss, grad
+
+    def scale_rows_(self, rows: Tensor, scale: Tensor) -> None:
+        if not rows.is_contiguous():
+            rows.mul_(scale[..., None])
+            return
+        K = rows.shape[-1]
+        # One number for all rows (the gradient of a mean or a sum) is read in place.
+        one = all(step == 0 or size == 1 for size, step in zip(scale.shape, scale.stride(), strict=True))
+        scale = scale.to(_accumulator(rows))
+        scale = scale if one else scale.contiguous()
+        self.extension.scale_rows(
+            DTYPE[rows.dtype], rows.data_ptr(), rows.numel() // max(K, 1), K, scale.data_ptr(), 0 if one else 1,
+            *self.where(rows),
+        )  # fmt: skip
+
+    def uniform_p_sample(
+        self,
+        logits: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        alpha_bar: Tensor,
+        known: Tensor | None,
+        temperature: float,
+        key: Tensor,
+    ) -> Tensor:
+        logits, x_t, t, s = (a.contiguous() for a in (logits, x_t, t, s))
+        alpha_bar, key = alpha_bar.contiguous(), key.contiguous()
+        known = None if known is None else known.contiguous()
+        x_s = x_t.new_empty(x_t.shape)
+        self.extension.uniform_p_sample(
+            DTYPE[logits.dtype], logits.data_ptr(), x_t.data_ptr(), t.data_ptr(), s.data_ptr(),
+            alpha_bar.data_ptr(), alpha_bar.shape[0] - 1, *logits.shape, _address(known), temperature,
+            key.data_ptr(), x_s.data_ptr(), *self.where(logits),
+        )  # fmt: skip
+        return x_s

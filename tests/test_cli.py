@@ -1,7 +1,9 @@
 """What the command line promises: every command works; what is wrong is one line, exit code 2, no change on disk."""
 
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -125,6 +127,29 @@ def test_resume_goes_on_where_the_run_stopped(folder, tmp_path):
     assert run(command.replace("--steps 3", "--steps 5")) == 0
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000003", "step-00000005"]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["training"]["steps"] == 5
+
+
+@pytest.mark.slow
+def test_processes_share_one_run(folder, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="1")
+    code = "import sys; from vqfast.cli import main; sys.exit(main())"
+    command = f"train vqddm --vqvae {folder}/vqvae --data {folder}/images.npz --out {tmp_path}/run {TINY_VQDDM}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *command.split()],
+            env=shared | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert "trained a VQ-DDM" in said[0] and said[1] == ""
+    assert run(f"sample {tmp_path}/run -n 2 --out {tmp_path}/samples --device cpu") == 0
 
 
 def test_images_of_any_size_from_a_folder(tmp_path):

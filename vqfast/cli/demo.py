@@ -178,7 +178,7 @@ def _notes(others: dict[str, float]) -> list[str]:
         f"The classifier reads the right digit in {others['inpainted_read']:.1%} of {others['inpainted']} completed "
         "images, whose class the model is told.",
         f"Held-out digits: SSIM {others['ssim']:.3f}, {others['perplexity']:.0f} codes in even use (perplexity), "
-        f"at most {others['bits_per_code']:.2f} bits per code under the VQ-DDM.",
+        f"about {others['bits_per_code']:.2f} bits per code by the VQ-DDM's bound.",
     ]
 
 

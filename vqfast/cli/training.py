@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -55,7 +56,8 @@ class TrainVQVAE:
     training: TrainConfig = field(default_factory=TrainConfig)
 
     def execute(self) -> None:
-        if not self.resume:
+        processes = PartialState(cpu=self.training.device == "cpu")
+        if processes.is_main_process and not self.resume:
             check_new(self.out)
         data = open_dataset(self.data, image_size=self.image_size)
         height, width = data.image_size
@@ -78,9 +80,11 @@ class TrainVQVAE:
         model = VQVAE(config)
         images, held_out = ImageBatches(data), _held_out_images(data)
         info = {"model": asdict(config), "data": describe(data), "training": asdict(self.training)}
-        out = _begin(self.out, "vqvae", info, self.resume)
-        train(model, images, self.training, out, held_out=held_out, resume=self.resume)
-        print(f"{out}: trained a VQ-VAE for {self.training.steps} steps on {len(images)} images")
+        if processes.is_main_process:
+            _begin(self.out, "vqvae", info, self.resume)
+        processes.wait_for_everyone()
+        train(model, images, self.training, self.out, held_out=held_out, resume=self.resume)
+        processes.print(f"{self.out}: trained a VQ-VAE for {self.training.steps} steps on {len(images)} images")
 
 
 @dataclass
@@ -118,7 +122,8 @@ class TrainVQDDM:
     training: TrainConfig = field(default_factory=lambda: TrainConfig(ema_decay=0.999))
 
     def execute(self) -> None:
-        if not self.resume:
+        processes = PartialState(cpu=self.training.device == "cpu")
+        if processes.is_main_process and not self.resume:
             check_new(self.out)
         autoencoder: VQVAE = load_model(self.vqvae, "vqvae")
         data = open_dataset(self.data, image_size=autoencoder.config.image_size)
@@ -148,8 +153,10 @@ class TrainVQDDM:
             "vqvae": {"weights": zlib.crc32((weights / WEIGHTS).read_bytes())},
             "training": asdict(self.training),
         }
-        out = _begin(self.out, "vqddm", info, self.resume)
-        _copy_autoencoder(self.vqvae, weights, out / AUTOENCODER)
+        if processes.is_main_process:
+            _begin(self.out, "vqddm", info, self.resume)
+            _copy_autoencoder(self.vqvae, weights, self.out / AUTOENCODER)
+        processes.wait_for_everyone()
 
         device = pick_device(self.training.device)
         autoencoder.to(device)
@@ -157,8 +164,8 @@ class TrainVQDDM:
         held_out = None
         if data.held_out.any():
             held_out = CodeBatches(encode(autoencoder, data, "held-out"), _labels(data, "held-out"))
-        train(model, codes, self.training, out, held_out=held_out, resume=self.resume)
-        print(f"{out}: trained a VQ-DDM for {self.training.steps} steps on the codes of {len(codes)} images")
+        train(model, codes, self.training, self.out, held_out=held_out, resume=self.resume)
+        processes.print(f"{self.out}: trained a VQ-DDM for {self.training.steps} steps on {len(codes)} encoded images")
 
 
 def encode(autoencoder: VQVAE, data: ImageData, split: str) -> Tensor:
@@ -199,10 +206,11 @@ def pick_device(device: str) -> torch.device:
     return torch.device("cuda" if device == "auto" and torch.cuda.is_available() else "cpu")
 
 
-def _begin(out: Path, kind: str, info: dict[str, Any], resume: bool) -> Path:
+def _begin(out: Path, kind: str, info: dict[str, Any], resume: bool) -> None:
     """Make the run, or make sure that the one to resume was started with the same settings."""
     if not resume:
-        return create_run(out, kind, info).path
+        create_run(out, kind, info)
+        return
     run = open_run(out, kind)
     for section, settings in info.items():
         for name, value in settings.items():
@@ -212,7 +220,6 @@ def _begin(out: Path, kind: str, info: dict[str, Any], resume: bool) -> Path:
             if not free and before != (list(value) if isinstance(value, tuple) else value):
                 raise RunError(f"{out}: was started with {section} {name} = {before}, now it is {value}")
     write_json(run.path / RUN_FILE, {"kind": kind} | run.info | info)
-    return run.path
 
 
 def _copy_autoencoder(run: Path, weights: Path, target: Path) -> None:

@@ -33,9 +33,7 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape[1:]:
-        raise DataError(
-            f"{path}: expected images (N, H, W), (N, H, W, 1) or (N, H, W, 3), got {images.shape}"
-        )
+        raise DataError(f"{path}: expected images (N, H, W), (N, H, W, 1) or (N, H, W, 3), got {images.shape}")
     return images, labels
 
 

@@ -61,9 +61,7 @@ class ImageData:
             raise ValueError(f"split: expected one of {', '.join(masks)}, got {split!r}")
         found = np.flatnonzero(masks[split])
         if len(found) == 0:
-            raise DataError(
-                f"{self.source}: no {split} images among {len(self)}: too few different ones to split"
-            )
+            raise DataError(f"{self.source}: no {split} images among {len(self)}: too few different ones to split")
         return found
 
 

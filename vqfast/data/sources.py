@@ -64,9 +64,7 @@ def _read(name: str, image_size: int | None) -> tuple[np.ndarray, np.ndarray | N
         return read_npz(path)
     if "idx" in path.name:
         return read_idx(path)
-    raise DataError(
-        f"{name}: expected a folder of images, a .zip, an .npz, an idx or idx.gz file, or the word digits"
-    )
+    raise DataError(f"{name}: expected a folder of images, a .zip, an .npz, an idx or idx.gz file, or the word digits")
 
 
 def _fit_all(images: np.ndarray, size: int) -> np.ndarray:

@@ -104,9 +104,7 @@ class VQVAE(nn.Module):
         # One block more than the encoder, as in VQGAN: the decoder has the harder half.
         self.decoder_levels = levels((up[0], *up), c.num_res_blocks + 1, attends[::-1], c.dropout)
         self.upsamples = nn.ModuleList(Upsample(width) for width in up[:-1])
-        self.decoder_out = nn.Sequential(
-            group_norm(up[-1]), nn.SiLU(), nn.Conv2d(up[-1], c.in_channels, 3, padding=1)
-        )
+        self.decoder_out = nn.Sequential(group_norm(up[-1]), nn.SiLU(), nn.Conv2d(up[-1], c.in_channels, 3, padding=1))
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) to codes (B, h, w)."""

@@ -78,9 +78,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def levels(
-    channels: tuple[int, ...], blocks: int, attention: tuple[bool, ...], dropout: float
-) -> nn.ModuleList:
+def levels(channels: tuple[int, ...], blocks: int, attention: tuple[bool, ...], dropout: float) -> nn.ModuleList:
     """Residual blocks per level of resolution, each with attention after it where asked for.
 
     Args:
@@ -103,6 +101,4 @@ def levels(
 def middle(channels: int, attends: bool, dropout: float) -> nn.Sequential:
     """The blocks at the lowest resolution: residual, attention where asked for, residual."""
     attention: list[nn.Module] = [AttentionBlock(channels)] if attends else []
-    return nn.Sequential(
-        ResidualBlock(channels, dropout=dropout), *attention, ResidualBlock(channels, dropout=dropout)
-    )
+    return nn.Sequential(ResidualBlock(channels, dropout=dropout), *attention, ResidualBlock(channels, dropout=dropout))

@@ -198,3 +198,40 @@ def test_every_process_ends_with_the_same_codebook(tmp_path):
     assert first.keys() == second.keys()
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+class TestMask:
+    @pytest.mark.parametrize("options", [{}, {"kmeans_init": True}, {"threshold_ema_dead_code": 1.0}, {"decay": None}])
+    def test_masked_vectors_never_reach_loss_or_codebook(self, options):
+        torch.manual_seed(0)
+        vq = VectorQuantize(dim=4, codebook_size=6, **options)
+        x = torch.randn(3, 10, 4, requires_grad=True)
+        mask = torch.rand(3, 10) > 0.5
+        poisoned = torch.where(mask[..., None], x, 1e6)
+        quantized, indices, loss = vq(poisoned, mask=mask)
+        loss.backward()
+        assert (indices[~mask] == -1).all() and (indices[mask] >= 0).all()
+        assert (quantized[~mask] == 0).all() and loss < 100
+        assert vq.codebook.abs().max() < 100 and vq.embed_avg.abs().max() < 100
+        assert (x.grad[~mask] == 0).all()
+
+    def test_a_batch_with_nothing_in_it_changes_no_code_by_its_vectors(self):
+        vq = VectorQuantize(dim=4, codebook_size=6, threshold_ema_dead_code=2.0)
+        vq(torch.full((1, 8, 4), 1e6), mask=torch.zeros(1, 8, dtype=torch.bool))
+        assert vq.codebook.abs().max() < 1
+
+
+def test_rotation_trick_changes_the_gradient_and_nothing_else():
+    torch.manual_seed(0)
+    plain, turning = VectorQuantize(dim=4, codebook_size=6), VectorQuantize(dim=4, codebook_size=6, rotation_trick=True)
+    turning.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 9, 4, requires_grad=True)
+    probe = torch.randn(2, 9, 4)
+    results = []
+    for vq in (plain, turning):
+        quantized, indices, loss = vq(x)
+        (grad,) = torch.autograd.grad((quantized * probe).sum(), x)
+        results.append((quantized, indices, loss, grad))
+    for a, b in zip(results[0][:3], results[1][:3], strict=True):
+        assert torch.equal(a, b)
+    assert not torch.allclose(results[0][3], results[1][3])

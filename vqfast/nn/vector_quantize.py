@@ -16,7 +16,7 @@ class VectorQuantize(nn.Module):
     appendix A.1, with Laplace smoothing of the counts) and the only loss is the commitment term. With
     `decay=None` or `ema_update=False` the codebook is a parameter that the codebook term of the loss moves.
 
-    The gradient of `quantized` passes straight through to the input. Input of another float dtype than the
+    The gradient of `quantized` passes straight through to the input, or by the rotation trick. Input of another float dtype than the
     codebook is cast to the codebook's for the search and the losses, and `quantized` is cast back: keep
     the module in float32 under mixed precision. With torch.distributed started, every process ends each
     step with the same codebook, at the price of one all-reduce.
@@ -34,6 +34,8 @@ class VectorQuantize(nn.Module):
         kmeans_init: start the codebook from k-means over the first training batch.
         kmeans_iters: its iterations.
         freeze_codebook: never change the codebook (can be overridden in a call).
+        rotation_trick: turn and scale the gradient as each vector was turned and scaled to reach its code (Fifty et
+            al. 2024), in place of the straight-through estimator.
         channel_last: input (B, ..., D) if true, (B, D, ...) if false.
         accept_image_fmap: input (B, D, H, W), indices (B, H, W).
 
@@ -58,6 +60,7 @@ class VectorQuantize(nn.Module):
         kmeans_init: bool = False,
         kmeans_iters: int = 10,
         freeze_codebook: bool = False,
+        rotation_trick: bool = False,
         channel_last: bool = True,
         accept_image_fmap: bool = False,
     ):
@@ -84,6 +87,7 @@ class VectorQuantize(nn.Module):
         self.threshold_ema_dead_code = threshold_ema_dead_code
         self.kmeans_iters = kmeans_iters
         self.freeze_codebook = freeze_codebook
+        self.estimator = "rotation" if rotation_trick else "ste"
         self.channel_first = accept_image_fmap or not channel_last
         self.accept_image_fmap = accept_image_fmap
 
@@ -103,11 +107,15 @@ class VectorQuantize(nn.Module):
     def _after_load(self, incompatible_keys) -> None:
         self._initialised = bool(self.initialised)
 
-    def forward(self, x: Tensor, freeze_codebook: bool | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, freeze_codebook: bool | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Quantise, and in training mode let the codebook follow.
 
         Args:
             x: (B, ..., D) float, or (B, D, ...) as configured.
+            mask: (B, ...) bool, True where a vector counts. Elsewhere the index is -1 and the output 0, and neither the
+                loss nor the codebook sees the vector.
             freeze_codebook: leave the codebook as it is in this call.
 
         Returns:
@@ -116,6 +124,7 @@ class VectorQuantize(nn.Module):
             loss: scalar, the commitment term (plus the codebook term where learnable); 0 in eval mode.
 
         Raises:
+            TypeError: a mask that is not bool.
             ValueError: a shape that does not fit.
         """
         vectors = self._channels_last(x)
@@ -123,7 +132,7 @@ class VectorQuantize(nn.Module):
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         follow = self.training and not frozen
         if follow and not self._initialised:
-            self._start_from_kmeans(rows.detach().reshape(-1, self.dim))
+            self._start_from_kmeans(rows.detach().reshape(-1, self.dim), None if mask is None else mask.reshape(-1))
         codebook = self.codebook.detach() if frozen else self.codebook
         # Backward reads the codes that were looked up, and the update below writes in place.
         result = quantize(
@@ -131,6 +140,8 @@ class VectorQuantize(nn.Module):
             codebook.clone() if follow else codebook,
             beta=self.commitment_weight,
             codebook_weight=self.codebook_weight if self.learnable_codebook and not frozen else 0.0,
+            estimator=self.estimator,
+            mask=mask,
         )
         if follow:
             self._follow(rows.detach().reshape(-1, self.dim), result.indices.reshape(-1))
@@ -167,10 +178,10 @@ class VectorQuantize(nn.Module):
 
     @torch.no_grad()
     def _follow(self, rows: Tensor, indices: Tensor) -> None:
-        """One step of the moving averages. rows: (N, D) in the codebook's dtype; indices: (N,)."""
+        """One step of the moving averages. rows: (N, D) in the codebook's dtype; indices: (N,), -1 where masked."""
         revive = self.threshold_ema_dead_code > 0
         counts, sums = codebook_stats(rows, indices, self.codebook_size)
-        packed = [counts[:, None], sums, self._random_rows(rows)] if revive else [counts[:, None], sums]
+        packed = [counts[:, None], sums, self._random_rows(rows, indices >= 0)] if revive else [counts[:, None], sums]
         packed = _sum_over_processes(torch.cat(packed, dim=1))
         counts, sums, candidates = packed[:, 0], packed[:, 1 : 1 + self.dim], packed[:, 1 + self.dim :]
 
@@ -184,16 +195,21 @@ class VectorQuantize(nn.Module):
         if revive:
             self._revive(candidates)
 
-    def _random_rows(self, rows: Tensor) -> Tensor:
-        """K different rows of this batch, each with a 1 after it; 0 where the batch, or this process,
-        gives none.
+    def _random_rows(self, rows: Tensor, counted: Tensor | None) -> Tensor:
+        """K different rows of this batch, each with a 1 after it; 0 where the batch, or this process, gives none.
+
+        rows: (N, D); counted: (N,) bool, which of them may be taken, or None for all.
 
         (K, D + 1). Processes take turns: summed over them, every place holds one row of one process.
         """
         offered = rows.new_zeros(self.codebook_size, self.dim + 1)
-        chosen = torch.randperm(len(rows), device=rows.device)[: self.codebook_size]
-        offered[: len(chosen), :-1] = rows[chosen]
-        offered[: len(chosen), -1] = 1
+        chance = torch.rand(len(rows), device=rows.device)
+        if counted is not None:
+            chance = torch.where(counted, chance, 2.0)
+        chosen = chance.argsort()[: self.codebook_size]
+        given = 1.0 if counted is None else counted[chosen].to(rows.dtype)
+        offered[: len(chosen), -1] = given
+        offered[: len(chosen), :-1] = torch.where(offered[: len(chosen), -1:] > 0, rows[chosen], 0)
         if _world() > 1:
             turn = torch.arange(self.codebook_size, device=rows.device) % _world() == dist.get_rank()
             offered = torch.where(turn[:, None], offered, 0)
@@ -211,13 +227,16 @@ class VectorQuantize(nn.Module):
         self.embed_avg.copy_(torch.where(dead[:, None], codes * size, self.embed_avg))
 
     @torch.no_grad()
-    def _start_from_kmeans(self, rows: Tensor) -> None:
+    def _start_from_kmeans(self, rows: Tensor, counted: Tensor | None) -> None:
         """Lloyd's algorithm from random rows; a cluster that loses all its vectors keeps its centre."""
-        seeds = _sum_over_processes(self._random_rows(rows))
+        seeds = _sum_over_processes(self._random_rows(rows, counted))
         centres = torch.where(seeds[:, -1:] > 0, seeds[:, :-1], self.codebook)
         counts = torch.zeros_like(self.cluster_size)
         for _ in range(self.kmeans_iters):
-            counts, sums = codebook_stats(rows, nearest_code(rows, centres), self.codebook_size)
+            nearest = nearest_code(rows, centres)
+            if counted is not None:
+                nearest = torch.where(counted, nearest, -1)
+            counts, sums = codebook_stats(rows, nearest, self.codebook_size)
             packed = _sum_over_processes(torch.cat([counts[:, None], sums], dim=1)).to(centres)
             counts, sums = packed[:, 0], packed[:, 1:]
             centres = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), centres)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vqfast.nn import FSQ
 
@@ -133,6 +134,13 @@ def test_compiles_without_a_graph_break():
     x = torch.randn(2, 6, 4, 3)
     for mine, expected in zip(compiled(x), fsq(x), strict=True):
         torch.testing.assert_close(mine, expected)
+
+
+def test_a_training_step_reads_nothing_back_from_the_device():
+    """Fake tensors have no values: reading one on the host raises."""
+    with FakeTensorMode():
+        quantized, _ = FSQ([8, 5, 5], dim=6)(torch.randn(2, 5, 6))
+        quantized.sum().backward()
 
 
 def test_same_input_same_bits():

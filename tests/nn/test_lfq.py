@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vqfast.nn import LFQ
 
@@ -199,6 +200,14 @@ def test_compiles_without_a_graph_break(training):
     x = torch.randn(2, 6, 4, 3)
     for mine, expected in zip(compiled(x), lfq(x), strict=True):
         torch.testing.assert_close(mine, expected)
+
+
+def test_a_training_step_reads_nothing_back_from_the_device():
+    """Fake tensors have no values: reading one on the host raises."""
+    with FakeTensorMode():
+        lfq, mask = LFQ(codebook_size=16, dim=6, commitment_loss_weight=0.1), torch.ones(2, 5, dtype=torch.bool)
+        quantized, _, loss = lfq(torch.randn(2, 5, 6), mask=mask)
+        (quantized.sum() + loss).backward()
 
 
 def test_same_input_same_bits():

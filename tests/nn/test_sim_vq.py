@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vqfast.nn import SimVQ
 
@@ -106,6 +107,13 @@ def test_compiles_without_a_graph_break():
     x = torch.randn(2, 8, 4, 3)
     for mine, expected in zip(compiled(x), vq(x), strict=True):
         torch.testing.assert_close(mine, expected)
+
+
+def test_a_training_step_reads_nothing_back_from_the_device():
+    """Fake tensors have no values: reading one on the host raises."""
+    with FakeTensorMode():
+        quantized, _, loss = SimVQ(6, 16)(torch.randn(2, 5, 6, requires_grad=True))
+        (quantized.sum() + loss).backward()
 
 
 def test_same_input_same_bits():

@@ -154,7 +154,7 @@ class LFQ(LookupFreeQuantizer):
         if self.spherical:
             z = F.normalize(z, dim=-1) * self.codebook_scale
         bits = z > 0
-        codes = torch.where(bits, self.magnitude, -self.magnitude).to(z.dtype)
+        codes = (2 * bits.to(z.dtype) - 1) * self.magnitude
         indices = self._shown((bits * self._place).sum(-1))
         losses = self._losses(z, codes, inv_temperature, return_loss_breakdown, mask)
         if self.training:

@@ -1,6 +1,7 @@
 """Residual quantisation: each stage quantises what the stages before it left over."""
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -67,8 +68,9 @@ class ResidualVQ(nn.Module):
         for name, value in (("dim", dim), ("codebook_dim", codebook_dim)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        if options.pop("heads", 1) != 1:
-            raise ValueError("heads: expected 1, residual stages have one code each")
+        heads = options.pop("heads", 1)
+        if heads != 1:
+            raise ValueError(f"heads: expected 1, a stage has one code, got {heads}")
         if shared_codebook and len(set(sizes)) > 1:
             raise ValueError(f"codebook_size: expected one size for all stages of a shared codebook, got {sizes}")
         if not 0 <= quantize_dropout_cutoff_index < len(sizes):
@@ -76,9 +78,7 @@ class ResidualVQ(nn.Module):
                 f"quantize_dropout_cutoff_index: expected 0..{len(sizes) - 1}, got {quantize_dropout_cutoff_index}"
             )
         if quantize_dropout_multiple_of < 1:
-            raise ValueError(
-                f"quantize_dropout_multiple_of: expected at least 1, got {quantize_dropout_multiple_of}"
-            )
+            raise ValueError(f"quantize_dropout_multiple_of: expected at least 1, got {quantize_dropout_multiple_of}")
         if not 0 <= quant_grad_frac <= 1:
             raise ValueError(f"quant_grad_frac: expected a number in [0, 1], got {quant_grad_frac}")
         self.dim, self.codebook_dim = dim, codebook_dim
@@ -295,7 +295,7 @@ class GroupedResidualVQ(nn.Module):
         """(G, B, ..., Q) int64 to the quantised vectors (B, ..., D): channels last, for images too."""
         return torch.cat([rvq.get_output_from_indices(part) for rvq, part in self._by_group(indices)], dim=-1)
 
-    def _by_group(self, indices: Tensor):
+    def _by_group(self, indices: Tensor) -> Iterator[tuple[ResidualVQ, Tensor]]:
         if len(indices) != self.groups:
             raise ValueError(f"indices: expected {self.groups} groups first, got shape {tuple(indices.shape)}")
         return zip(self.rvqs, indices, strict=True)

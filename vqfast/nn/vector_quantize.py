@@ -16,10 +16,10 @@ class VectorQuantize(nn.Module):
     appendix A.1, with Laplace smoothing of the counts) and the only loss is the commitment term. With
     `decay=None` or `ema_update=False` the codebook is a parameter that the codebook term of the loss moves.
 
-    The gradient of `quantized` passes straight through to the input, or by the rotation trick. Input of another float dtype than the
-    codebook is cast to the codebook's for the search and the losses, and `quantized` is cast back: keep
-    the module in float32 under mixed precision. With torch.distributed started, every process ends each
-    step with the same codebook, at the price of one all-reduce.
+    The gradient of `quantized` passes straight through to the input, or by the rotation trick. Input of another float
+    dtype than the codebook is cast to the codebook's for the search and the losses, and `quantized` is cast back: keep
+    the module in float32 under mixed precision. With torch.distributed started, every process ends each step with the
+    same codebook, at the price of one all-reduce.
 
     Args:
         dim: D, size of a vector.

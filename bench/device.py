@@ -1,0 +1,55 @@
+"""What a figure was taken on: the device's name, and as many threads for everybody."""
+
+import os
+import platform
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+def device_text(device: str) -> str:
+    """The name that a person knows it by, with the cores or the compute capability that it shows."""
+    if torch.device(device).type == "cuda":
+        p = torch.cuda.get_device_properties(device)
+        return f"{p.name}, sm_{p.major}{p.minor}"
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
+        name = match[1].strip() if match else name
+    return f"{name}, {len(os.sched_getaffinity(0))} cores, {torch.backends.cpu.get_cpu_capability().lower()}"
+
+
+def slug(text: str) -> str:
+    """A device's text as a file name: 'NVIDIA H200, sm_90' gives nvidia-h200-sm-90."""
+    plain = re.sub(r"\((r|tm)\)|\bcpu\b|@.*?(?=,|$)", " ", text.lower())
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+
+
+@contextmanager
+def same_threads(threads: int) -> Iterator[None]:
+    """Give torch, vqfast (which follows torch), faiss, scikit-learn and every BLAS the same number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    limits = None
+    try:
+        import faiss
+
+        faiss.omp_set_num_threads(threads)
+    except ImportError:
+        pass
+    try:
+        from threadpoolctl import threadpool_limits
+
+        limits = threadpool_limits(threads)
+    except ImportError:
+        pass
+    try:
+        yield
+    finally:
+        if limits is not None:
+            limits.unregister()
+        torch.set_num_threads(before)

@@ -1,0 +1,306 @@
+"""Benchmarks of the uniform transition: forward noise, loss with its gradient, reverse step.
+
+The eager peers are multinomial diffusion as it is usually written (Hoogeboom et al. 2021, eqs. 12-15): every
+distribution a dense (B, K, L) tensor of logarithms, mixed with logaddexp, drawn from by adding Gumbel noise.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import vqfast
+from bench.backends import vqfast_backends
+from bench.case import PEER, VQFAST, YARDSTICK, Case, Contender, Run, Verdict, judge_values, relative_error
+from vqfast.kernels.diffusion_loss.reference import (
+    uniform_diffusion_loss,
+    uniform_diffusion_loss_grad,
+    uniform_posterior,
+)
+from vqfast.kernels.diffusion_loss.spec import noised
+from vqfast.kernels.spec import generator
+from vqfast.kernels.specs import DIFFUSION_LOSS, P_SAMPLE, Q_SAMPLE
+from vqfast.ops import Uniform, diffusion_loss, p_sample, q_sample
+
+# A draw is judged by sums over all tokens, in standard deviations from what the exact distribution expects.
+_SIGMAS = 6.0
+
+
+class DiffusionProblem:
+    """Codes x0 and their noised x_t (B, L), levels t and s (B,), and scores of x0 as each contender's network has them:
+    `logits` (B, L, K) for vqfast, `channels` (B, K, L) for the eager form.
+    """
+
+    def __init__(self, shape: Mapping[str, Any], dtype: torch.dtype, device: str, seed: int):
+        self.K, self.shape = shape["K"], shape
+        self.x0, self.x_t, self.t, self.s, self.alpha_bar = noised(shape, device, seed)
+        logits = torch.randn(*self.x0.shape, self.K, generator=generator(device, seed + 1), device=device) * 2
+        self.logits = logits.to(dtype)
+        self.channels = self.logits.transpose(1, 2).contiguous()
+        self.transition = Uniform(self.K, self.alpha_bar)
+        self.transition.alpha_bar_on(self.x0.device)
+
+
+# ---- the eager form --------------------------------------------------------------------------------------------------
+
+
+def log_onehot(x: Tensor, K: int) -> Tensor:
+    """(B, L) codes to (B, K, L) log-probabilities, finite where they should be minus infinity."""
+    return F.one_hot(x, K).transpose(1, 2).float().clamp(min=1e-30).log()
+
+
+def log_levels(alpha: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    """(B,) share that is kept, float64, to log(alpha) and log((1 - alpha) / K), (B, 1, 1) float32."""
+    kept = alpha.clamp(min=1e-40).log()
+    noise = ((1 - alpha).clamp(min=1e-40) / K).log()
+    return kept.float()[:, None, None], noise.float()[:, None, None]
+
+
+def log_mix(log_p: Tensor, levels: tuple[Tensor, Tensor]) -> Tensor:
+    """log(alpha p + (1 - alpha) / K)."""
+    return torch.logaddexp(log_p + levels[0], levels[1])
+
+
+def eager_posterior(log_x0: Tensor, log_x_t: Tensor, step, past) -> Tensor:
+    """log q(x_s | x_t, x0), `step` the levels of t given s and `past` those of s (eq. 14)."""
+    joint = log_mix(log_x0, past) + log_mix(log_x_t, step)
+    return joint - joint.logsumexp(1, keepdim=True)
+
+
+def eager_loss(logits: Tensor, x0: Tensor, x_t: Tensor, step, past, last: Tensor) -> Tensor:
+    """Mean over tokens of the KL, or of -log p(x0 | x_t) where `last` (B,) says that s is 0 (eqs. 13-15)."""
+    K = logits.shape[1]
+    log_x0, log_x_t = log_onehot(x0, K), log_onehot(x_t, K)
+    log_true = eager_posterior(log_x0, log_x_t, step, past)
+    log_model = eager_posterior(logits.float().log_softmax(1), log_x_t, step, past)
+    kl = (log_true.exp() * (log_true - log_model)).sum(1)
+    likelihood = -(log_x0.exp() * log_model).sum(1)
+    return torch.where(last[:, None], likelihood, kl).mean()
+
+
+def gumbel_argmax(log_p: Tensor) -> Tensor:
+    noise = torch.rand_like(log_p)
+    return (log_p - (-(noise + 1e-30).log() + 1e-30).log()).argmax(1)
+
+
+def eager_p_sample(logits: Tensor, x_t: Tensor, step, past) -> Tensor:
+    log_model = eager_posterior(logits.float().log_softmax(1), log_onehot(x_t, logits.shape[1]), step, past)
+    return gumbel_argmax(log_model)
+
+
+def eager_q_sample(x0: Tensor, levels, K: int) -> Tensor:
+    return gumbel_argmax(log_mix(log_onehot(x0, K), levels))
+
+
+def replace_q_sample(x0: Tensor, alpha: Tensor, K: int) -> Tensor:
+    """Keep a token or draw another: what the eager form comes to when one thinks first."""
+    keep = torch.rand(x0.shape, device=x0.device) < alpha[:, None]
+    return torch.where(keep, x0, torch.randint(K, x0.shape, device=x0.device))
+
+
+# ---- loss ------------------------------------------------------------------------------------------------------------
+
+
+def _gradient(loss, logits: Tensor):
+    logits = logits.detach().requires_grad_()
+
+    def both() -> tuple[Tensor, Tensor]:
+        value = loss(logits)
+        return value.detach(), torch.autograd.grad(value, logits)[0]
+
+    return both
+
+
+def _vqfast_loss(p: DiffusionProblem):
+    return _gradient(lambda logits: diffusion_loss(logits, p.x0, p.x_t, p.t, p.transition, s=p.s), p.logits)
+
+
+def _step_levels(p: DiffusionProblem):
+    alpha_s = p.alpha_bar[p.s]
+    return log_levels(p.alpha_bar[p.t] / alpha_s, p.K), log_levels(alpha_s, p.K)
+
+
+def _eager_loss(p: DiffusionProblem, loss) -> Run:
+    step, past, last = *_step_levels(p), p.s == 0
+    both = _gradient(lambda logits: loss(logits, p.x0, p.x_t, step, past, last), p.channels)
+
+    def rows() -> tuple[Tensor, Tensor]:
+        value, grad = both()
+        return value, grad.transpose(1, 2)
+
+    return Run(rows)
+
+
+def _cross_entropy(p: DiffusionProblem) -> Run:
+    target = p.x0.flatten()
+    return Run(_gradient(lambda logits: F.cross_entropy(logits.flatten(0, 1), target), p.logits))
+
+
+def _exact_loss(p: DiffusionProblem) -> tuple[Tensor, Tensor]:
+    """Mean loss and its gradient in float64."""
+    B, L = p.x0.shape
+    scale = torch.full((B,), 1 / (B * L), dtype=torch.float64, device=p.x0.device)
+    args = (p.logits.double(), p.x0, p.x_t, p.t, p.s, p.alpha_bar)
+    grad = uniform_diffusion_loss_grad(*args, 0.0) * scale[:, None, None]
+    return uniform_diffusion_loss(*args, 0.0).mean(), grad
+
+
+def _judge_loss(contender: Contender, run: Run, p: DiffusionProblem) -> Verdict:
+    loss, grad = run.call()
+    if contender.role == YARDSTICK:
+        return Verdict()
+    exact_loss, exact_grad = _exact_loss(p)
+    errors = {"loss": relative_error(loss, exact_loss), "gradient": relative_error(grad, exact_grad)}
+    # A gradient is given in the dtype of its logits: half a unit in the last place of each element.
+    rounding = {torch.bfloat16: 4e-3, torch.float16: 1e-3}.get(p.logits.dtype, 0.0)
+    return judge_values(contender, errors, ours=1e-5 + rounding, theirs=1e-3 + rounding)
+
+
+def diffusion_loss_case(shape: Mapping[str, Any], dtype: torch.dtype, device: str) -> Case:
+    version = torch.__version__
+    compiled = torch.compile(eager_loss, dynamic=False)
+    contenders = vqfast_backends(device, ("uniform_diffusion_loss", "scale_rows_"), _vqfast_loss) + [
+        Contender("torch log one-hot", PEER, lambda p: _eager_loss(p, eager_loss), version),
+        Contender("torch.compile(log one-hot)", PEER, lambda p: _eager_loss(p, compiled), version, compiled=True),
+        Contender("torch cross_entropy (another loss)", YARDSTICK, _cross_entropy, version),
+    ]
+    return Case(
+        op="diffusion_loss",
+        shape=shape,
+        dtype=dtype,
+        device=device,
+        problem=lambda seed: DiffusionProblem(shape, dtype, device, seed),
+        judge=_judge_loss,
+        contenders=tuple(contenders),
+        bytes_moved=DIFFUSION_LOSS.bytes_moved(shape, dtype),
+        flops=DIFFUSION_LOSS.flops(shape),
+    )
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------------
+
+
+def judge_draws(log_p: Tensor, drawn: Tensor, x: Tensor) -> Verdict:
+    """Whether codes look drawn from log_p (B, L, K), float64, by two sums over all tokens: how many equal x (B, L), and
+    the log-probability of what was drawn.
+    """
+    if drawn.shape != x.shape or bool(((drawn < 0) | (drawn >= log_p.shape[-1])).any()):
+        return Verdict(wrong=f"codes out of range, or shape {tuple(drawn.shape)}, expected {tuple(x.shape)}")
+    stay = log_p.gather(-1, x[..., None])[..., 0].exp()
+    stays = ((drawn == x).double() - stay).sum() / (stay * (1 - stay)).sum().clamp(min=1e-12).sqrt()
+    p, finite = log_p.exp(), log_p.clamp(min=-1e3)
+    mean = (p * finite).sum(-1)
+    variance = ((p * finite.square()).sum(-1) - mean.square()).clamp(min=0)
+    given = finite.gather(-1, drawn[..., None])[..., 0]
+    likely = (given - mean).sum() / variance.sum().clamp(min=1e-12).sqrt()
+    sigmas = max(abs(float(stays)), abs(float(likely)))
+    wrong = "" if sigmas < _SIGMAS else f"draws are {sigmas:.0f} standard deviations off their distribution"
+    return Verdict(wrong=wrong)
+
+
+def _seeded(device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(20)
+
+
+def judge_seeded(contender: Contender, run: Run, again, allowed: int) -> Verdict:
+    """vqfast draws the same tokens on every backend: its seeded draw against that of the definition, `again()`."""
+    if contender.role != VQFAST:
+        return Verdict()
+    with vqfast.backend("reference"):
+        exact = again()
+    wrong = int((run.evidence() != exact).sum())
+    return Verdict(mismatches=wrong, wrong=f"{wrong} of {exact.numel()} tokens differ" if wrong > allowed else "")
+
+
+def _vqfast_p_sample(p: DiffusionProblem) -> Run:
+    def draw(generator: torch.Generator | None = None) -> Tensor:
+        return p_sample(p.logits, p.x_t, p.t, p.s, p.transition, generator=generator)
+
+    return Run(draw, evidence=lambda: draw(_seeded(p.x0.device)))
+
+
+def _eager_p_sample(p: DiffusionProblem, sample) -> Run:
+    step, past = _step_levels(p)
+    return Run(lambda: sample(p.channels, p.x_t, step, past))
+
+
+def _judge_p_sample(contender: Contender, run: Run, p: DiffusionProblem) -> Verdict:
+    log_p = uniform_posterior(p.logits.double().log_softmax(-1), p.x_t, p.t, p.s, p.alpha_bar)
+    verdict = judge_draws(log_p, run.call(), p.x_t)
+    # A draw within rounding of the boundary between two codes may fall on either side.
+    allowed = 1 + p.x0.numel() // 1000
+    return verdict if verdict.wrong else judge_seeded(contender, run, _vqfast_p_sample(p).evidence, allowed)
+
+
+def p_sample_case(shape: Mapping[str, Any], dtype: torch.dtype, device: str) -> Case:
+    version = torch.__version__
+    compiled = torch.compile(eager_p_sample, dynamic=False)
+    contenders = vqfast_backends(device, ("uniform_p_sample",), _vqfast_p_sample) + [
+        Contender("torch log one-hot, Gumbel", PEER, lambda p: _eager_p_sample(p, eager_p_sample), version),
+        Contender(
+            "torch.compile(log one-hot, Gumbel)", PEER, lambda p: _eager_p_sample(p, compiled), version, compiled=True
+        ),
+    ]
+    return Case(
+        op="p_sample",
+        shape=shape,
+        dtype=dtype,
+        device=device,
+        problem=lambda seed: DiffusionProblem(shape, dtype, device, seed),
+        judge=_judge_p_sample,
+        contenders=tuple(contenders),
+        bytes_moved=P_SAMPLE.bytes_moved(shape, dtype),
+        flops=P_SAMPLE.flops(shape),
+    )
+
+
+class NoiseProblem:
+    """Codes x0 (B, L) and levels t (B,)."""
+
+    def __init__(self, shape: Mapping[str, Any], device: str, seed: int):
+        self.x0, self.t, self.alpha_bar, self.K, _ = Q_SAMPLE.inputs(shape, torch.int64, device, seed)
+        self.transition = Uniform(self.K, self.alpha_bar)
+
+
+def _vqfast_q_sample(p: NoiseProblem) -> Run:
+    def draw(generator: torch.Generator | None = None) -> Tensor:
+        return q_sample(p.x0, p.t, p.transition, generator=generator)
+
+    return Run(draw, evidence=lambda: draw(_seeded(p.x0.device)))
+
+
+def _eager_q_sample(p: NoiseProblem) -> Run:
+    levels = log_levels(p.alpha_bar[p.t], p.K)
+    return Run(lambda: eager_q_sample(p.x0, levels, p.K))
+
+
+def _replace_q_sample(p: NoiseProblem) -> Run:
+    return Run(lambda: replace_q_sample(p.x0, p.alpha_bar[p.t], p.K))
+
+
+def _judge_q_sample(contender: Contender, run: Run, p: NoiseProblem) -> Verdict:
+    alpha = p.alpha_bar[p.t][:, None, None]
+    likelihood = alpha * F.one_hot(p.x0, p.K) + (1 - alpha) / p.K
+    verdict = judge_draws(likelihood.log().clamp(min=-1e3), run.call(), p.x0)
+    return verdict if verdict.wrong else judge_seeded(contender, run, _vqfast_q_sample(p).evidence, allowed=0)
+
+
+def q_sample_case(shape: Mapping[str, Any], dtype: torch.dtype, device: str) -> Case:
+    version = torch.__version__
+    contenders = vqfast_backends(device, ("uniform_q_sample",), _vqfast_q_sample) + [
+        Contender("torch log one-hot, Gumbel", PEER, _eager_q_sample, version),
+        Contender("torch rand, randint, where", PEER, _replace_q_sample, version),
+    ]
+    return Case(
+        op="q_sample",
+        shape=shape,
+        dtype=torch.int64,
+        device=device,
+        problem=lambda seed: NoiseProblem(shape, device, seed),
+        judge=_judge_q_sample,
+        contenders=tuple(contenders),
+        bytes_moved=Q_SAMPLE.bytes_moved(shape, torch.int64),
+        flops=Q_SAMPLE.flops(shape),
+    )

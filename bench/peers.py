@@ -1,0 +1,85 @@
+"""Every benchmark and every contender in it. Another peer or another op joins here."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from bench.case import Case
+from bench.codebook import codebook_stats_case, quantize_step_case
+from bench.diffusion import diffusion_loss_case, p_sample_case, q_sample_case
+from bench.search import nearest_case
+from vqfast.kernels.specs import CODEBOOK_STATS, DIFFUSION_LOSS, NEAREST, P_SAMPLE, Q_SAMPLE
+
+CASES: dict[str, Callable[[Mapping[str, Any], torch.dtype, str], Case]] = {
+    "nearest": nearest_case,
+    "quantize_step": quantize_step_case,
+    "codebook_stats": codebook_stats_case,
+    "q_sample": q_sample_case,
+    "diffusion_loss": diffusion_loss_case,
+    "p_sample": p_sample_case,
+}
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+# Seconds on two cores: the specs' own sizes.
+CPU_SHAPES = {
+    "nearest": [(shape, F32) for shape in NEAREST.bench_shapes],
+    "quantize_step": [(dict(N=8192, K=1024, D=256), F32), (dict(N=8192, K=8192, D=64), F32)],
+    "codebook_stats": [(shape, F32) for shape in CODEBOOK_STATS.bench_shapes],
+    "q_sample": [(shape, torch.int64) for shape in Q_SAMPLE.bench_shapes],
+    "diffusion_loss": [(shape, F32) for shape in DIFFUSION_LOSS.bench_shapes],
+    "p_sample": [(shape, F32) for shape in P_SAMPLE.bench_shapes],
+}
+
+# Sizes that fill a large GPU, the most wanted first: a run that meets its time limit leaves out the end of this list.
+_TOKENS = dict(B=128, L=256, K=1024, T=1000)
+CUDA_SHAPES = {
+    "nearest": [
+        (dict(N=8192, K=1024, D=256), F32),
+        (dict(N=262144, K=8192, D=256), F32),
+        (dict(N=262144, K=16384, D=8), F32),
+        (dict(N=262144, K=8192, D=256), BF16),
+        (dict(N=65536, K=8192, D=64), F32),
+        (dict(N=262144, K=16384, D=8), BF16),
+        (dict(N=8192, K=1024, D=256), BF16),
+    ],
+    "quantize_step": [(dict(N=65536, K=8192, D=64), F32), (dict(N=65536, K=1024, D=256), F32)],
+    "codebook_stats": [(dict(N=65536, K=8192, D=64), F32), (dict(N=262144, K=1024, D=256), F32)],
+    "q_sample": [(_TOKENS, torch.int64)],
+    "diffusion_loss": [(_TOKENS, F32), (_TOKENS, BF16)],
+    "p_sample": [(dict(_TOKENS, step=10), F32), (dict(_TOKENS, step=10), BF16)],
+}
+
+# One of each kind of op, in milliseconds: for the tests of the benchmarks themselves.
+TINY_SHAPES = {
+    "nearest": [(dict(N=256, K=64, D=16), F32)],
+    "quantize_step": [(dict(N=256, K=32, D=8), F32)],
+    "codebook_stats": [(dict(N=256, K=32, D=8), F32)],
+    "q_sample": [(dict(B=4, L=64, K=32, T=100), torch.int64)],
+    "diffusion_loss": [(dict(B=4, L=16, K=32, T=100), F32)],
+    "p_sample": [(dict(B=4, L=64, K=32, T=100, step=10), F32)],
+}
+
+
+def cases(device: str, ops: str = "", *, tiny: bool = False) -> list[Case]:
+    """The benchmarks for a device: first the first size of every op, then the second, and so on.
+
+    Args:
+        ops: comma-separated names, empty for all.
+
+    Raises:
+        ValueError: a name that is none of CASES.
+    """
+    wanted = [op.strip() for op in ops.split(",") if op.strip()] or list(CASES)
+    unknown = [op for op in wanted if op not in CASES]
+    if unknown:
+        raise ValueError(f"no benchmark of {', '.join(unknown)}; there are {', '.join(CASES)}")
+    shapes = TINY_SHAPES if tiny else CPU_SHAPES if torch.device(device).type == "cpu" else CUDA_SHAPES
+    longest = max(len(shapes[op]) for op in wanted)
+    return [
+        CASES[op](*shapes[op][position], device)
+        for position in range(longest)
+        for op in wanted
+        if position < len(shapes[op])
+    ]

@@ -1,0 +1,100 @@
+"""`make bench` and `make gpu` as a person starts them."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from bench import gpu, sanitize
+from bench.rows import OK, read
+from bench.sources import ROOT
+from vqfast.kernels.specs import SPECS
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    # pytest-benchmark refuses to time where it sees that these tests run in parallel.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=inherited | environment, capture_output=True, text=True
+    )
+
+
+def test_bench_times_a_group_and_keeps_its_rows(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    done = run("-m", "pytest", "bench", "-q", OPS="nearest", BENCH="tiny", RESULTS=str(tmp_path))
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "benchmark 'nearest N=256 K=64 D=16 float32'" in done.stdout and "vqfast cpu" in done.stdout
+    (path,) = tmp_path.glob("*.csv")
+    rows = {row.backend: row for row in read(path)}
+    assert rows["vqfast cpu"].status == OK and rows["vqfast cpu"].mismatches == 0
+    assert rows["torch addmm + argmax"].median_s > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_gpu_without_a_device_says_so_in_one_line_and_exits_with_2(tmp_path):
+    done = run("bench/gpu.py", OUT=str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert done.stdout.startswith("make gpu: needs a CUDA device") and done.stdout.count("\n") == 1
+    assert not done.stderr and not (tmp_path / "out").exists()
+
+
+def test_gpu_refuses_an_unknown_stage():
+    done = run("bench/gpu.py", STAGE="build,tests")
+    assert done.returncode == 1 and "no stage tests; there are build, test" in done.stdout
+
+
+@pytest.fixture
+def device(monkeypatch, tmp_path):
+    """A machine that claims to have a device, and an empty folder for results."""
+    monkeypatch.setattr(gpu, "probe", lambda: {"name": "a GPU", "arch": "90", "torch": "2"})
+    monkeypatch.setenv("OUT", str(tmp_path))
+    return tmp_path
+
+
+def test_gpu_goes_on_after_a_stage_that_fails_and_reports_it(device, monkeypatch, capsys):
+    def crashing(session, until):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(gpu, "build", lambda session, until: "exit code 1")
+    monkeypatch.setattr(gpu, "test", crashing)
+    monkeypatch.setattr(gpu, "ceilings", lambda session, until: "")
+    monkeypatch.setenv("STAGE", "build,test,ceilings")
+    assert gpu.main() == 1
+    stages = json.loads((device / "report.json").read_text())["stages"]
+    troubles = {name: stage["trouble"] for name, stage in stages.items()}
+    assert troubles == {"build": "exit code 1", "test": "OSError: disk full", "ceilings": ""}
+    assert "FAILED, OSError: disk full" in capsys.readouterr().out
+    monkeypatch.setenv("STAGE", "ceilings")
+    assert gpu.main() == 0
+
+
+def test_gpu_ends_a_program_that_outlasts_its_time_and_keeps_what_it_wrote(device):
+    session = gpu.Session(device, gpu.probe(), limit=60)
+    assert session.run([sys.executable, "-c", "print('one')"], time.time() + 30) == ("", ["one"])
+    assert session.run([sys.executable, "-c", "print('two'); exit(3)"], time.time() + 30) == ("exit code 3", ["two"])
+    sleeper = [sys.executable, "-c", "import time; print('three'); time.sleep(60)"]
+    start = time.time()
+    assert session.run(sleeper, start + 1) == ("out of time", ["three"])
+    assert time.time() - start < 20
+    session.log.close()
+    assert [line for line in (device / "gpu.log").read_text().split() if line in ("one", "two", "three")]
+
+
+def test_gpu_gives_every_stage_some_of_the_time():
+    assert sum(gpu.SHARE.values()) <= 540 and set(gpu.SHARE) == set(gpu.MOST) == set(gpu.STAGES)
+    assert all(gpu.SHARE[stage] <= gpu.MOST[stage] for stage in gpu.STAGES)
+    assert all(callable(getattr(gpu, stage)) for stage in gpu.STAGES)
+
+
+def test_the_sanitised_list_touches_every_op():
+    assert {spec.op for spec, _, _ in sanitize.calls()} == {spec.op for spec in SPECS}
+    assert {spec.op for spec, _, _ in sanitize.calls("nearest")} == {"nearest"}
+
+
+def test_the_sanitised_list_is_right_on_the_definition(capsys):
+    assert sanitize.main(["--backend", "reference", "--device", "cpu"]) == 0
+    assert "0 wrong" in capsys.readouterr().out

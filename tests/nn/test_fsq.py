@@ -112,7 +112,7 @@ def test_codes_come_back_from_indices(options, shape):
 @pytest.mark.parametrize("dim", [4, 6])
 def test_low_precision_quantises_in_float32(dtype, autocast, dim):
     fsq = FSQ([8, 5, 5, 5], dim=dim)
-    x = torch.randn(3, 20, dim, dtype=dtype, requires_grad=True)
+    x = torch.randn(30, 50, dim, dtype=dtype, requires_grad=True)
     with torch.autocast("cpu", enabled=autocast):
         quantized, indices = fsq(x)
     quantized.float().sum().backward()

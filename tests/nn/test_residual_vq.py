@@ -1,6 +1,5 @@
 """What `ResidualVQ` and `GroupedResidualVQ` promise: the convention of vector-quantize-pytorch, stage by stage."""
 
-import inspect
 import os
 import subprocess
 import sys
@@ -31,9 +30,9 @@ def with_codes(vq):
 
 
 def peer_of(vq, name, options):
-    """The peer's module with the parameters and codebooks of vq."""
+    """The peer's module, which rotates gradients unless told not to, with the parameters and codebooks of vq."""
     library = pytest.importorskip("vector_quantize_pytorch", reason="vector-quantize-pytorch is not installed")
-    peer = getattr(library, name)(**options | {"rotation_trick": False})
+    peer = getattr(library, name)(**{"rotation_trick": False} | options)
     pairs = [(vq, peer)] if name == "ResidualVQ" else list(zip(vq.rvqs, peer.rvqs, strict=True))
     for ours, theirs in pairs:
         for mine, layer in zip(ours.layers, theirs.layers, strict=False):
@@ -42,12 +41,6 @@ def peer_of(vq, name, options):
         for projection in ("project_in", "project_out"):
             getattr(theirs, projection).load_state_dict(getattr(ours, projection).state_dict())
     return peer, pairs
-
-
-def straight_through(options):
-    """The peer rotates gradients by default."""
-    rotates = "rotation_trick" in inspect.signature(VectorQuantize).parameters
-    return options | ({"rotation_trick": False} if rotates else {})
 
 
 def train_side_by_side(ours, peer, pairs, shape, calls):
@@ -77,6 +70,7 @@ def train_side_by_side(ours, peer, pairs, shape, calls):
                 torch.testing.assert_close(layer.embed_avg, theirs.embed_avg[0], **CLOSE)
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     "options",
     [
@@ -89,32 +83,37 @@ def train_side_by_side(ours, peer, pairs, shape, calls):
         dict(quant_grad_frac=0.5),
         dict(quantize_dropout=True),
         dict(quantize_dropout=True, quantize_dropout_cutoff_index=1, quantize_dropout_multiple_of=2),
+        dict(rotation_trick=True),
         dict(freeze_codebook=True),
         dict(num_quantizers=1, quantize_dropout=True),
     ],
 )
-def test_trains_side_by_side_with_vector_quantize_pytorch(options):
-    options = straight_through(SIZES | options)
+def test_trains_side_by_side_with_vector_quantize_pytorch(options, masked):
+    options = SIZES | options
     ours = with_codes(ResidualVQ(**options))
     peer, pairs = peer_of(ours, "ResidualVQ", options)
     frozen = {"freeze_codebook": options.get("freeze_codebook", False)}
     calls = []
     for step in range(6):
-        call = {"rand_quantize_dropout_fixed_seed": step} | frozen
+        mask = torch.rand(3, 40) < 0.6 if masked else None
+        call = {"rand_quantize_dropout_fixed_seed": step, "mask": mask} | frozen
         calls.append((step < 5, call, call))
     train_side_by_side(ours, peer, pairs, (3, 40, 6), calls)
 
 
 @pytest.mark.parametrize("options", [dict(), dict(quantize_dropout=True), dict(shared_codebook=True, codebook_dim=2)])
 def test_groups_train_side_by_side_with_vector_quantize_pytorch(options, monkeypatch):
-    options = straight_through(SIZES | dict(groups=2) | options)
+    options = SIZES | dict(groups=2) | options
     ours = with_codes(GroupedResidualVQ(**options))
     peer, pairs = peer_of(ours, "GroupedResidualVQ", options)
     from vector_quantize_pytorch import residual_vq
 
     seeds = iter(range(6))
     monkeypatch.setattr(residual_vq, "get_maybe_sync_seed", lambda device: next(seeds))
-    calls = [(step < 5, {"rand_quantize_dropout_fixed_seed": step}, {}) for step in range(6)]
+    calls = []
+    for step in range(6):
+        mask = {"mask": torch.rand(3, 40) < 0.6 if step % 2 else None}
+        calls.append((step < 5, {"rand_quantize_dropout_fixed_seed": step} | mask, mask))
     train_side_by_side(ours, peer, pairs, (3, 40, 6), calls)
 
 
@@ -187,6 +186,17 @@ def test_kmeans_init_starts_every_stage_from_its_residuals(shared):
     assert errors[0] < 0.35 and errors[1] < 0.6 * errors[0]
 
 
+@pytest.mark.parametrize("kmeans_init", [False, True])
+def test_all_later_stages_of_a_call_search_one_shared_codebook(kmeans_init):
+    vq = ResidualVQ(**SIZES, shared_codebook=True, kmeans_init=kmeans_init)
+    searched = []
+    vq.layers[0].register_forward_pre_hook(lambda layer, _: searched.append(layer.codebook.clone()))
+    vq(torch.randn(100, 6))
+    first = 1 if kmeans_init else 0  # the start makes the codebook within the first stage
+    assert all(torch.equal(codebook, searched[first]) for codebook in searched[first:])
+    assert not torch.equal(vq.codebooks[0], searched[-1])
+
+
 def test_dropout_leaves_out_last_stages_evenly_and_only_in_training():
     vq = with_codes(ResidualVQ(**SIZES, quantize_dropout=True, quantize_dropout_cutoff_index=1))
     x = torch.randn(1, 6)
@@ -231,7 +241,7 @@ def test_coarse_indices_decode_where_dropout_trained_for_it():
 
 @pytest.mark.parametrize(("share", "times"), [(0.0, 4), (1.0, 1)])
 def test_how_often_the_gradient_reaches_the_input(share, times):
-    vq = with_codes(ResidualVQ(**straight_through(SIZES), quant_grad_frac=share))
+    vq = with_codes(ResidualVQ(**SIZES, quant_grad_frac=share))
     x = torch.randn(2, 5, 6, requires_grad=True)
     vq(x)[0].sum().backward()
     torch.testing.assert_close(x.grad, torch.full_like(x, times))
@@ -245,9 +255,6 @@ def test_frozen_codebooks_do_not_move(shared):
     assert all(torch.equal(value, before[name]) for name, value in vq.state_dict().items())
 
 
-@pytest.mark.skipif(
-    "mask" not in inspect.signature(VectorQuantize.forward).parameters, reason="VectorQuantize: no mask"
-)
 @pytest.mark.parametrize("options", [dict(), dict(codebook_dim=4), dict(shared_codebook=True)])
 def test_masked_positions_leave_no_trace(options):
     vq = with_codes(ResidualVQ(**SIZES, **options))

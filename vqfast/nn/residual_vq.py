@@ -108,7 +108,6 @@ class ResidualVQ(nn.Module):
         x: Tensor,
         mask: Tensor | None = None,
         return_all_codes: bool = False,
-        sample_codebook_temp: float | None = None,
         freeze_codebook: bool | None = None,
         rand_quantize_dropout_fixed_seed: int | None = None,
     ) -> tuple[Tensor, ...]:
@@ -116,9 +115,9 @@ class ResidualVQ(nn.Module):
 
         Args:
             x: (B, ..., D) float, or (B, D, ...) as configured.
-            mask: (B, ...) bool, as VectorQuantize takes it.
+            mask: (B, ...) bool, True where a vector counts. Elsewhere indices are -1 and the output 0, and neither
+                the losses nor the codebooks see the vector.
             return_all_codes: return each stage's code too.
-            sample_codebook_temp: temperature of the stages' stochastic choice, where they make one.
             freeze_codebook: leave the codebooks as they are in this call.
             rand_quantize_dropout_fixed_seed: the seed of this call's draw of quantiser dropout.
 
@@ -130,6 +129,7 @@ class ResidualVQ(nn.Module):
 
         Raises:
             ValueError: a shape that does not fit.
+            TypeError: a mask that is not bool.
         """
         if self.accept_image_fmap and x.ndim != 4:
             raise ValueError(f"x: expected shape (B, {self.dim}, H, W), got {tuple(x.shape)}")
@@ -138,8 +138,6 @@ class ResidualVQ(nn.Module):
             residual = self.project_in(residual.to(self.project_in.weight.dtype))
         residual = residual.to(self.layers[0].codebook.dtype)
         kept = self._kept_stages(rand_quantize_dropout_fixed_seed)
-        given = {"mask": mask, "sample_codebook_temp": sample_codebook_temp, "freeze_codebook": freeze_codebook}
-        given = {name: value for name, value in given.items() if value is not None}
 
         total, indices, losses = torch.zeros_like(residual), [], []
         holds = self._holds_codebook(freeze_codebook)
@@ -148,7 +146,7 @@ class ResidualVQ(nn.Module):
         for stage in self._stages()[:kept]:
             if held is not None:
                 stage.codebook.copy_(held)
-            code, index, loss = stage(residual, **given)
+            code, index, loss = stage(residual, mask=mask, freeze_codebook=freeze_codebook)
             if holds and held is None:
                 held = stage.codebook.clone()
             residual = residual - _with_gradient_share(code, self.quant_grad_frac)
@@ -256,7 +254,6 @@ class GroupedResidualVQ(nn.Module):
         x: Tensor,
         mask: Tensor | None = None,
         return_all_codes: bool = False,
-        sample_codebook_temp: float | None = None,
         freeze_codebook: bool | None = None,
         rand_quantize_dropout_fixed_seed: int | None = None,
     ) -> tuple[Tensor, ...]:
@@ -278,7 +275,6 @@ class GroupedResidualVQ(nn.Module):
                 part,
                 mask=mask,
                 return_all_codes=return_all_codes,
-                sample_codebook_temp=sample_codebook_temp,
                 freeze_codebook=freeze_codebook,
                 rand_quantize_dropout_fixed_seed=seed,
             )

@@ -1,9 +1,9 @@
 // Exact nearest-code search: float32 scores, a bound on their error, exact distances where the bound does not decide.
 //
 // With u = x - m and v_k = c_k - m for a common centre m, the nearest code has the largest score s_k = u . v_k -
-// 1/2 ||v_k||^2. Five kernels: the centre; the codes, centred and transposed; the scores, best and second of each row;
-// certainty, from the error bound; the rows that stay open, by exact distance. Lines that round are marked with the
-// name of their term in `score_error_bound`.
+// 1/2 ||v_k||^2. Six kernels: the centre; the codes, centred and transposed; the scores, best and second of each row;
+// certainty, from the error bound; the rows that stay open, by exact distance in parts of the codebook; their winners.
+// Lines that round are marked with the name of their term in `score_error_bound`.
 #pragma once
 
 #include "device.cuh"
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kSearchThreads, kSearchBlocksPerMultiprocessor
 
   for (int64_t row_tile = blockIdx.x; row_tile < row_tiles; row_tile += gridDim.x) {
     const int64_t first_row = row_tile * kTileRows;
-    __syncthreads();  // the previous rows' tiles may still be read
+    // What was read for the previous rows was read before the last barrier of their steps.
     if (thread < kTileRows) offsets[thread] = x.offset(min(first_row + thread, N - 1));
     __syncthreads();
 

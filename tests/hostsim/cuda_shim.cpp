@@ -63,7 +63,7 @@ Settings settings;
 
 namespace {
 
-constexpr size_t kStackBytes = kRaces ? 32 << 10 : 256 << 10;
+constexpr size_t kStackBytes = kRaces ? 16 << 10 : 256 << 10;
 
 enum class State { ready, at_barrier, at_warp, done };
 

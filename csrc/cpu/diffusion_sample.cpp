@@ -57,13 +57,18 @@ struct Reverse {
     const int64_t any_code = below(bits.second, K);
     if (known && known[n] >= 0) return part < signal ? known[n] : any_code;
 
+    const double replaced = (1 - stay) * (1 - signal) / K;
+    const double predicted = (1 - stay) * signal / K;
+    // The weight of staying grows with p(x_t). Where even p(x_t) = 0 means to stay, as for most tokens of a long chain,
+    // the logits need not be read.
+    const double least = stay * (1 - signal) / K;
+    if (part * (least + replaced + predicted) < least) return x_t[n];
+
     const char *row = (const char *)logits + n * K * passes.size();
     const Real largest = passes.load(row, K, weights);
     const double total = passes.exp(weights, passes.padded(K), largest, temperature, sums, row + K * passes.size());
     if (!(std::isfinite(total) && total > 0)) return x_t[n];
     const double kept = stay * (signal * (weights[x_t[n]] / total) + (1 - signal) / K);
-    const double replaced = (1 - stay) * (1 - signal) / K;
-    const double predicted = (1 - stay) * signal / K;
     const double target = part * (kept + replaced + predicted);
     if (target < kept) return x_t[n];
     if (target < kept + replaced) return any_code;

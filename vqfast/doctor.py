@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import vqfast
-from vqfast.ops.registry import status
+from vqfast.ops.registry import BACKENDS, status
 
 
 def _version_of(package: str) -> str:
@@ -31,7 +31,7 @@ def _cuda_extension() -> list[str]:
     try:
         from vqfast import _cuda
     except ImportError:
-        return ["not built (no nvcc when vqfast was installed, or VQFAST_CUDA=0)"]
+        return [BACKENDS["cuda"].unavailable("cuda")]
     return [f"built for {_cuda.targets}, and PTX of the last for newer devices"]
 
 

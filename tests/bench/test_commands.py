@@ -93,6 +93,8 @@ def test_gpu_gives_every_stage_some_of_the_time():
 def test_the_sanitised_list_touches_every_op():
     assert {spec.op for spec, _, _ in sanitize.calls()} == {spec.op for spec in SPECS}
     assert {spec.op for spec, _, _ in sanitize.calls("nearest")} == {"nearest"}
+    step = {spec.op for spec, _, _ in sanitize.calls("quantize_step")}
+    assert step == {"nearest", "lookup", "lookup_backward", "codebook_stats"}
 
 
 def test_the_sanitised_list_is_right_on_the_definition(capsys):

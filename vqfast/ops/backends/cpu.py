@@ -3,12 +3,12 @@
 from vqfast.ops.backends.compiled import CompiledKernels
 
 try:
-    from vqfast import _cpu
+    import vqfast._cpu as _cpu
 
     _REASON = None
 except ImportError as error:
     _cpu = None
-    _REASON = f"the CPU extension cannot be loaded; run pip install -e . ({error})"
+    _REASON = f"the CPU extension cannot be loaded, pip install -e . builds it: {error}"
 
 NAME = "cpu"
 PRIORITY = 30

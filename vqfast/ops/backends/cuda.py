@@ -11,15 +11,15 @@ from vqfast.ops.backends.compiled import CompiledKernels
 from vqfast.ops.backends.layout import DTYPE
 
 try:
-    from vqfast import _cuda
+    import vqfast._cuda as _cuda
 
     _REASON = None
+except ModuleNotFoundError:
+    _cuda = None
+    _REASON = "the CUDA extension was not built: nvcc was not found when vqfast was installed, or VQFAST_CUDA=0"
 except ImportError as error:
     _cuda = None
-    _REASON = (
-        f"the CUDA extension cannot be loaded; where nvcc is found, pip install -e . builds it, "
-        f"unless VQFAST_CUDA=0 ({error})"
-    )
+    _REASON = f"the CUDA extension cannot be loaded: {error}"
 
 NAME = "cuda"
 PRIORITY = 30

@@ -38,8 +38,11 @@ test: $(VENV)/.test
 test-all: $(VENV)/.test
 	$(BIN)/python -m pytest -q
 
+# Minutes, on a machine that does nothing else. OPS= chooses ops, BENCH=quick is a first look.
 bench: $(VENV)/.test
-	$(BIN)/python -m pytest bench -q
+	$(BIN)/python -m pytest bench -q -W ignore --benchmark-columns=median,iqr,rounds --benchmark-sort=mean
+	$(BIN)/python -m bench.plot
+	$(BIN)/python -m bench.table
 
 # On a machine with a CUDA device; needs no package index. STAGE= and OPS= choose a part.
 gpu:

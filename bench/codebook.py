@@ -160,6 +160,10 @@ def _vqfast_stats(args: tuple):
     return lambda: codebook_stats(x, indices, K)
 
 
+# N x K beyond which a one-hot product takes ten seconds of a CPU.
+_ONEHOT_ELEMENTS = 1e8
+
+
 def _onehot_stats(args: tuple) -> Run:
     x, indices, _, K = args
 
@@ -190,9 +194,10 @@ def _judge_stats(contender: Contender, run: Run, args: tuple) -> Verdict:
 def codebook_stats_case(shape: Mapping[str, Any], dtype: torch.dtype, device: str) -> Case:
     version = torch.__version__
     contenders = vqfast_backends(device, ("codebook_stats",), _vqfast_stats) + [
-        Contender("torch index_add_", PEER, _index_add_stats, version),
-        Contender("torch one-hot product", PEER, _onehot_stats, version),
+        Contender("torch index_add_", PEER, _index_add_stats, version)
     ]
+    if torch.device(device).type == "cuda" or shape["N"] * shape["K"] <= _ONEHOT_ELEMENTS:
+        contenders.append(Contender("torch one-hot product", PEER, _onehot_stats, version))
     return Case(
         op="codebook_stats",
         shape=shape,

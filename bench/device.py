@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,22 @@ def slug(text: str) -> str:
     """A device's text as a file name: 'NVIDIA H200, sm_90' gives nvidia-h200-sm-90."""
     plain = re.sub(r"\((r|tm)\)|\bcpu\b|@.*?(?=,|$)", " ", text.lower())
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+
+
+def _processor_time() -> tuple[float, float]:
+    """(idle, all) ticks of every processor since the start."""
+    ticks = [float(value) for value in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)
+
+
+def others_share(seconds: float = 0.3) -> float:
+    """Share of the processors that other programs take while this one waits; 0 where the system does not tell."""
+    if not Path("/proc/stat").exists():
+        return 0.0
+    idle, total = _processor_time()
+    time.sleep(seconds)
+    later_idle, later_total = _processor_time()
+    return 1 - (later_idle - idle) / max(later_total - total, 1.0)
 
 
 @contextmanager

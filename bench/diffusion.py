@@ -24,6 +24,9 @@ from vqfast.kernels.spec import generator
 from vqfast.kernels.specs import DIFFUSION_LOSS, P_SAMPLE, Q_SAMPLE
 from vqfast.ops import Uniform, diffusion_loss, p_sample, q_sample
 
+# The definition holds a dozen float64 tensors of B x L x K: on a CPU it competes where those are small.
+_REFERENCE_ELEMENTS = 1e6
+
 # A draw is judged by sums over all tokens, in standard deviations from what the exact distribution expects.
 _SIGMAS = 6.0
 
@@ -161,7 +164,9 @@ def _judge_loss(contender: Contender, run: Run, p: DiffusionProblem) -> Verdict:
 def diffusion_loss_case(shape: Mapping[str, Any], dtype: torch.dtype, device: str) -> Case:
     version = torch.__version__
     compiled = torch.compile(eager_loss, dynamic=False)
-    contenders = vqfast_backends(device, ("uniform_diffusion_loss", "scale_rows_"), _vqfast_loss) + [
+    ops = ("uniform_diffusion_loss", "scale_rows_")
+    few = shape["B"] * shape["L"] * shape["K"] <= _REFERENCE_ELEMENTS
+    contenders = vqfast_backends(device, ops, _vqfast_loss, reference=few or device != "cpu") + [
         Contender("torch log one-hot", PEER, lambda p: _eager_loss(p, eager_loss), version),
         Contender("torch.compile(log one-hot)", PEER, lambda p: _eager_loss(p, compiled), version, compiled=True),
         Contender("torch cross_entropy (another loss)", YARDSTICK, _cross_entropy, version),

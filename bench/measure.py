@@ -17,13 +17,14 @@ import torch
 
 from bench.case import PEER, VQFAST, Case, Contender, Run, Verdict
 from bench.clocks import EventClock, GraphClock, WallClock
-from bench.device import device_text
+from bench.device import device_text, others_share
 from bench.memory import cpu_peak, cuda_peak
-from bench.rows import FAILED, OK, WRONG, Row
+from bench.rows import BUSY, FAILED, OK, WRONG, Row
 from bench.sources import commit, kernel_hash
 
 _CACHE_BYTES = 256 << 20  # inputs in rotation are this large together: several times any GPU's cache
 _MOST_SETS = 16
+_BUSY_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Effort:
     those rounds would take four times as long stops at three.
     """
 
-    seconds: float = 1.5
+    seconds: float = 1.0
     least: int = 5
     most: int = 50
     memory: bool = True
@@ -182,6 +183,7 @@ def _timed(runs: Mapping[int, list[Run]], kind, effort: Effort) -> dict[int, lis
 
 def _blank(case: Case, floor_s: float | None) -> Row:
     on_cuda = torch.device(case.device).type == "cuda"
+    busy = 0.0 if on_cuda else others_share()
     return Row(
         op=case.op,
         backend="",
@@ -192,6 +194,7 @@ def _blank(case: Case, floor_s: float | None) -> Row:
         threads=0 if on_cuda else torch.get_num_threads(),
         clock=EventClock.name if on_cuda else WallClock.name,
         status=OK,
+        note=f"{BUSY}: other programs took {busy:.0%} of the processors" if busy > _BUSY_SHARE else "",
         floor_s=floor_s,
         commit=commit(),
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d"),

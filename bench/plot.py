@@ -20,7 +20,9 @@ _CLEAR = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
 _COLUMNS = 2
 
 
-def _panel(axes, title: str, rows: Sequence[Row]) -> None:
+def _panel(axes, title: str, rows: Sequence[Row], places: int) -> None:
+    from matplotlib.ticker import NullFormatter
+
     timed = sorted((row for row in rows if row.status == OK and row.ratio_to_best_peer), key=lambda row: row.median_s)
     wrong = [row for row in rows if row.status != OK]
     labels = []
@@ -46,10 +48,11 @@ def _panel(axes, title: str, rows: Sequence[Row]) -> None:
         axes.text(row.ratio_to_best_peer * 1.04, y, text, va="center", fontsize=7, bbox=_CLEAR)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axvline(1, color="black", linewidth=0.8, zorder=0)
     highest = max((row.ratio_to_best_peer for row in timed), default=1)
     axes.set_xlim(lowest / 2, highest * (highest / lowest * 2) ** 0.6)
-    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.set_ylim(places - 0.4, -0.6)
     axes.set_yticks(range(len(labels)), labels, fontsize=7)
     axes.tick_params(axis="x", labelsize=7)
     axes.set_title(title, fontsize=9, loc="left")
@@ -67,13 +70,19 @@ def draw(path: Path, folder: Path) -> Path | None:
     if not rows:
         return None
     panels = list(groups(rows).items())
-    down = -(-len(panels) // _COLUMNS)
-    tallest = max(len(group) for _, group in panels)
-    figure, grid = plt.subplots(down, _COLUMNS, figsize=(14, 0.24 * tallest * down + 0.6 * down + 0.5), squeeze=False)
+    heights = [max(len(group) for _, group in panels[i : i + _COLUMNS]) for i in range(0, len(panels), _COLUMNS)]
+    figure, grid = plt.subplots(
+        len(heights),
+        _COLUMNS,
+        figsize=(14, 0.22 * sum(heights) + 0.75 * len(heights) + 0.5),
+        height_ratios=heights,
+        squeeze=False,
+    )
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    for axes, ((op, shape, dtype, _, clock), group) in zip(grid.flat, panels, strict=False):
-        _panel(axes, f"{op}  {shape}  {dtype}" + (f"  ({clock})" if clock != "wall" else ""), group)
+    for i, (axes, ((op, shape, dtype, _, clock), group)) in enumerate(zip(grid.flat, panels, strict=False)):
+        title = f"{op}  {shape}  {dtype}" + (f"  ({clock})" if clock != "wall" else "")
+        _panel(axes, title, group, heights[i // _COLUMNS])
     newest = max(rows, key=lambda row: row.date)
     threads = f", {newest.threads} threads" if newest.clock == "wall" else ""
     figure.suptitle(

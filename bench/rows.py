@@ -12,6 +12,7 @@ from bench.sources import ROOT, kernel_hash
 RESULTS = ROOT / "bench" / "results"
 KEY = ("op", "backend", "shape", "dtype", "device", "threads", "clock")
 OK, WRONG, FAILED = "ok", "wrong", "failed"
+BUSY = "busy"  # begins the note of a row that was measured while other programs ran
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Row:
     op, backend, role, shape, dtype, device: what ran; backend is the contender's name. threads: of the CPU,
     0 on a CUDA device.
     clock: wall (CPU), events (CUDA, launches included) or graph (CUDA, replay of a captured graph).
-    status: ok; wrong (the result was wrong, so nothing was timed); failed; note says how.
+    status: ok; wrong (the result was wrong, so nothing was timed); failed. note: how; or that the machine was busy.
     median_s, iqr_s, rounds: seconds a call, median and interquartile range over the rounds.
     ratio_to_best_peer: the best peer's median over this one's; above 1 is faster than every peer.
     gbytes_per_s, gflops_per_s: the op's unavoidable bytes and operations over the median.

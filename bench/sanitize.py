@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import vqfast
+from bench.sources import KERNELS
 from vqfast.kernels.specs import SPECS
 from vqfast.ops.registry import BACKENDS
 
@@ -27,10 +28,10 @@ def moved(value: Any, device: str) -> Any:
 
 
 def calls(ops: str = ""):
-    """(spec, shape, dtype) of the list; ops: comma-separated parts of names."""
-    wanted = [op for op in ops.split(",") if op]
+    """(spec, shape, dtype) of the list; ops: comma-separated names of benchmarks or of folders of kernels/."""
+    wanted = [folder for op in ops.split(",") if op.strip() for folder in KERNELS.get(op.strip(), (op.strip(),))]
     for spec in SPECS:
-        if wanted and not any(op in spec.op for op in wanted):
+        if wanted and not any(folder in spec.op for folder in wanted):
             continue
         for shape in spec.test_shapes:
             if spec.op == "nearest" and spec.flops(shape) > 2 * _MOST_ELEMENTS:

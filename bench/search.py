@@ -23,7 +23,7 @@ from vqfast.kernels.specs import NEAREST
 from vqfast.ops import nearest_code
 
 # The definition writes N x K x D differences: it competes where those are few.
-REFERENCE_ELEMENTS = 3e8
+REFERENCE_ELEMENTS = 1e8
 DECAY, EPS = 0.99, 1e-5
 
 

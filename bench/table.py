@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bench.case import PEER, VQFAST
-from bench.rows import OK, RESULTS, Row, read
+from bench.rows import BUSY, OK, RESULTS, Row, read
 from bench.sources import KERNELS, ROOT
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -69,13 +69,13 @@ def summary(rows: Sequence[Row]) -> str:
         name = ours.backend.removeprefix("vqfast ")
         time = f"STALE {seconds(ours.median_s)}" if ours.stale else seconds(ours.median_s)
         dtype = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(dtype, dtype)
-        ratio = "–" if peer is None else f"{peer.median_s / ours.median_s:.2g}×"
+        ratio = peer.median_s / ours.median_s if peer is not None else None
         lines.append(
             [
                 f"{op} {shape} {dtype}" + (f", {clock}" if clock != "wall" else ""),
                 f"{time} ({name})",
                 "–" if peer is None else f"{seconds(peer.median_s)} ({peer.backend})",
-                ratio,
+                "–" if ratio is None else f"{ratio:.2g}×" if ratio < 10 else f"{ratio:.0f}×",
                 size(ours.peak_bytes),
                 "–" if peer is None else size(peer.peak_bytes),
                 _mismatches(ours) + " / " + ("–" if peer is None else _mismatches(peer)),
@@ -121,6 +121,9 @@ def report(paths: Iterable[Path], *, full: bool = False) -> str:
         stale = sum(row.stale for row in rows)
         if stale:
             title += f" STALE: the kernel has changed since ({stale} rows); `make bench` measures it again."
+        busy = sum(row.note.startswith(BUSY) for row in rows)
+        if busy:
+            title += f" BUSY: {busy} rows were taken while other programs ran; take them again on an idle machine."
         parts.append(f"{title}\n\n{everything(rows) if full else summary(rows)}")
     return "\n\n".join(parts)
 

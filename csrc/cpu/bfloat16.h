@@ -1,23 +1,23 @@
-// Rounding to bfloat16, to nearest and even, in integer arithmetic that the compiler turns into vectors.
+// Rounding to bfloat16, to nearest and even, eight at a time.
 #pragma once
 
 #include <stdint.h>
 
-#include "simd.h"
+#include "nearest_pack.h"
 
 namespace vqfast::VQFAST_ISA {
 
-static inline uint16_t to_bfloat16(float v) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &v, 4);
-  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+typedef uint16_t vh8 __attribute__((vector_size(16)));
+typedef uint16_t vh8_unaligned __attribute__((vector_size(16), aligned(2), may_alias));
+
+static inline __attribute__((always_inline)) vf8 round_to_bfloat16(vf8 v) {
+  const vu8 bits = (vu8)v;
+  return (vf8)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u);
 }
 
-static inline float from_bfloat16(uint16_t v) {
-  const uint32_t bits = (uint32_t)v << 16;
-  float out;
-  __builtin_memcpy(&out, &bits, 4);
-  return out;
+// Of values that are bfloat16 already.
+static inline __attribute__((always_inline)) vh8 bfloat16_bits(vf8 v) {
+  return __builtin_convertvector((vu8)v >> 16, vh8);
 }
 
 }  // namespace vqfast::VQFAST_ISA

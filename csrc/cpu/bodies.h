@@ -4,6 +4,7 @@
 #include "dispatch.h"
 #include "nearest_decide.h"
 #include "nearest_float32.h"
+#include "nearest_ranges.h"
 
 namespace vqfast::VQFAST_ISA {
 
@@ -11,7 +12,7 @@ extern const Kernels table;
 const Kernels table = {
 #define VQFAST_STRING_(x) #x
 #define VQFAST_STRING(x) VQFAST_STRING_(x)
-    VQFAST_STRING(VQFAST_ISA), kLanes, &float32::engine, nullptr, find_scores, distance,
+    VQFAST_STRING(VQFAST_ISA), kLanes, &float32::engine, nullptr, feature_ranges, find_scores, distance,
     squared_error, lookup_grad, add_rows,
     load_scores, exp_scores, log1p_scores, grad_scores, store_scores, scale_row,
 };

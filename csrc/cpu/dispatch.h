@@ -15,6 +15,10 @@ struct Kernels {
   // nearest_float32.h; nearest_bf16.h or nearest_amx.h, or null
   const ScoreEngine *float32, *bfloat16;
 
+  // nearest_ranges.h
+  void (*feature_ranges)(vqfast_dtype dtype, const void *codebook, int64_t K, int64_t D, int64_t d0, int m,
+                         double share, double *sum, double *count, double *least, double *largest);
+
   // nearest_decide.h
   int64_t (*find_scores)(const float *scores, int64_t n, float threshold, int32_t *found);
   double (*distance)(vqfast_dtype dtype, const double *row, const void *code, double scale, int64_t D);

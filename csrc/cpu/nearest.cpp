@@ -20,6 +20,7 @@ constexpr float kNever = -std::numeric_limits<float>::infinity();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int64_t kPartBytes = 512 << 10;   // of panels gone through at a time: they stay in the second-level cache
 constexpr int64_t kChunkBytes = 192 << 10;  // of packed rows that share them
+constexpr int64_t kSecondPanels = 16;       // whose scores are kept while candidates are looked for
 
 // The codebook as a score engine reads it.
 struct Codes {
@@ -42,32 +43,22 @@ struct Codes {
 
 // The centre and the scale: the mean over the finite values of each feature, and the power of two that brings the largest
 // deviation to [1, 2). Neither has to be exact: the bound holds for any centre and any power of two.
-template <class T>
-void centre(const T *codebook, Codes &codes) {
-  constexpr int64_t kBlock = 32;
-  constexpr double kFinite = std::numeric_limits<double>::max();
+void centre(Codes &codes) {
+  constexpr int64_t kFeatures = 8;
   const int64_t K = codes.K, D = codes.D;
-  const double share = 1.0 / (double)K;
-  double largest = 0;
-#pragma omp parallel for schedule(static) reduction(max : largest) if (K * D > 1 << 16)
-  for (int64_t d0 = 0; d0 < D; d0 += kBlock) {
-    const int64_t m = std::min(kBlock, D - d0);
-    double mean[kBlock] = {}, count[kBlock] = {};
-    for (int64_t k = 0; k < K; ++k)
-      for (int64_t d = 0; d < m; ++d) {
-        const double v = widen(codebook[k * D + d0 + d]);
-        const bool finite = std::fabs(v) <= kFinite;
-        mean[d] += finite ? v * share : 0.0;  // divided before the sum, which might overflow
-        count[d] += finite;
-      }
-    for (int64_t d = 0; d < m; ++d) codes.mean[d0 + d] = mean[d] *= count[d] ? (double)K / count[d] : 0.0;
-    for (int64_t k = 0; k < K; ++k)
-      for (int64_t d = 0; d < m; ++d) {
-        const double v = std::fabs(widen(codebook[k * D + d0 + d]) - mean[d]);
-        largest = v > largest && v <= kFinite ? v : largest;
-      }
+  double widest = 0;
+#pragma omp parallel for schedule(static) reduction(max : widest) if (K * D > 1 << 16)
+  for (int64_t d0 = 0; d0 < D; d0 += kFeatures) {
+    const int m = (int)std::min(kFeatures, D - d0);
+    double sum[kFeatures], count[kFeatures], least[kFeatures], largest[kFeatures];
+    codes.isa.feature_ranges(codes.dtype, codes.codebook, K, D, d0, m, 1.0 / (double)K, sum, count, least, largest);
+    for (int j = 0; j < m; ++j) {
+      const double mean = codes.mean[d0 + j] = count[j] > 0 ? sum[j] * ((double)K / count[j]) : 0.0;
+      if (count[j] > 0) widest = std::max({widest, largest[j] - mean, mean - least[j]});
+    }
   }
-  codes.scale = largest > 0 ? std::ldexp(1.0, std::clamp(-std::ilogb(largest), -1000, 1000)) : 1.0;
+  const bool usable = widest > 0 && std::isfinite(widest);
+  codes.scale = usable ? std::ldexp(1.0, std::clamp(-std::ilogb(widest), -1000, 1000)) : 1.0;
 }
 
 bool prepare(Codes &codes) {
@@ -78,7 +69,7 @@ bool prepare(Codes &codes) {
   codes.panels = buffer<char>(codes.n_panels * engine.panel_bytes(D));
   codes.bias = buffer<float>(codes.padded_K());
   if (!codes.mean || !codes.panels || !codes.bias) return false;
-  with_element(codes.dtype, [&](auto *type) { centre((decltype(type))codes.codebook, codes); });
+  centre(codes);
 
   double rounded = 0, exact = 0, residual = 0;
 #pragma omp parallel for schedule(static) reduction(max : rounded, exact, residual) if (K * D > 1 << 16)
@@ -140,14 +131,19 @@ struct Open {
   float threshold;
 };
 
+// Scores of a row in the second pass: a cache line more than there are, or the rows of a tile would share a few cache sets.
+int64_t second_stride(const ScoreEngine &engine) { return kSecondPanels * engine.panel_codes + 16; }
+
 // One thread's memory for a chunk of rows.
 struct Scratch {
   Buffer<char> tiles;
   Buffer<float> best, second, scores;
   Buffer<int32_t> index, found;
-  Buffer<double> wide, distances;
+  Buffer<double> wide;
+  std::vector<double> distances;
   std::vector<PackedNorm> norms;
   std::vector<Open> open;
+  std::vector<std::vector<int32_t>> candidates;  // of each open row
 
   bool allocate(const Codes &codes, int64_t rows) {
     const ScoreEngine &engine = codes.engine;
@@ -161,19 +157,18 @@ struct Scratch {
 
   bool allocate_second(const Codes &codes) {
     if (scores) return true;
-    scores = buffer<float>(codes.engine.tile_rows * codes.padded_K());
-    found = buffer<int32_t>(codes.padded_K());
+    scores = buffer<float>(codes.engine.tile_rows * second_stride(codes.engine));
+    found = buffer<int32_t>(kSecondPanels * codes.engine.panel_codes);
     wide = buffer<double>(codes.D);
-    distances = buffer<double>(codes.padded_K());
-    return scores && found && wide && distances;
+    return scores && found && wide;
   }
 };
 
-// The nearest of `n` codes by exact distance, the lowest index among equals. float64 first; what it cannot separate, in
+// The nearest of the codes found by exact distance, the lowest index among equals. float64 first; what it cannot separate, in
 // twice float64.
-int64_t nearest_of(const Codes &codes, const Search &s, int64_t row, const int32_t *found, int64_t n, double *wide,
+int64_t nearest_of(const Codes &codes, const Search &s, int64_t row, const std::vector<int32_t> &found, double *wide,
                    double *distances) {
-  const int64_t D = codes.D;
+  const int64_t D = codes.D, n = (int64_t)found.size();
   const double scale = codes.scale;  // a power of two: exact, and it keeps squares from overflowing
   with_element(codes.dtype, [&](auto *type) {
     const auto *x = (decltype(type))s.row(row);
@@ -283,27 +278,39 @@ bool all_finite(const Search &s, int64_t row) {
 // Decides the rows of m.open: their scores once more, then the codes whose score reaches the threshold, by distance.
 void second_pass(const Search &s, Scratch &m) {
   const Codes &c = s.codes;
-  const int64_t width = c.engine.tile_rows, stride = c.padded_K();
-  for (size_t i = 0; i < m.open.size(); i += width) {
-    const int64_t n = std::min<int64_t>(width, m.open.size() - i);
-    int64_t rows[64];
-    for (int64_t r = 0; r < n; ++r) rows[r] = m.open[i + r].row;
-    pack_gathered(s, rows, n, m.tiles.get(), m.norms.data());
-    c.engine.score_all(m.tiles.get(), c.panels.get(), c.bias.get(), c.D, c.n_panels, stride, m.scores.get());
-    for (int64_t r = 0; r < n; ++r) {
-      int64_t &result = s.indices[rows[r]];
-      result = 0;
-      if (!all_finite(s, rows[r])) continue;
-      const float threshold = m.open[i + r].threshold;
-      int64_t count = 0;
-      if (threshold != kNever) {
-        count = c.isa.find_scores(m.scores.get() + r * stride, stride, threshold, m.found.get());
-      } else {
-        for (int64_t k = 0; k < c.K; ++k)
-          if (c.bias[k] != kNever) m.found[count++] = (int32_t)k;
+  const ScoreEngine &engine = c.engine;
+  const int64_t width = engine.tile_rows, n = (int64_t)m.open.size(), tiles = (n + width - 1) / width;
+  std::vector<int64_t> rows(n);
+  for (int64_t i = 0; i < n; ++i) rows[i] = m.open[i].row;
+  for (int64_t t = 0; t < tiles; ++t)
+    pack_gathered(s, &rows[t * width], std::min(width, n - t * width), m.tiles.get() + t * engine.tile_bytes(c.D),
+                  m.norms.data());
+  if ((int64_t)m.candidates.size() < n) m.candidates.resize(n);
+  for (int64_t i = 0; i < n; ++i) m.candidates[i].clear();
+
+  const int64_t stride = second_stride(engine);
+  for (int64_t p = 0; p < c.n_panels; p += kSecondPanels) {
+    const int64_t n_panels = std::min(kSecondPanels, c.n_panels - p), first = p * engine.panel_codes;
+    for (int64_t t = 0; t < tiles; ++t) {
+      engine.score_all(m.tiles.get() + t * engine.tile_bytes(c.D), c.panels.get() + p * engine.panel_bytes(c.D),
+                       c.bias.get() + first, c.D, n_panels, stride, m.scores.get());
+      for (int64_t i = t * width; i < std::min(n, (t + 1) * width); ++i) {
+        if (m.open[i].threshold == kNever) continue;
+        const int64_t count = c.isa.find_scores(m.scores.get() + (i - t * width) * stride,
+                                                n_panels * engine.panel_codes, m.open[i].threshold, m.found.get());
+        for (int64_t j = 0; j < count; ++j) m.candidates[i].push_back((int32_t)first + m.found[j]);
       }
-      result = nearest_of(c, s, rows[r], m.found.get(), count, m.wide.get(), m.distances.get());
     }
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    std::vector<int32_t> &candidates = m.candidates[i];
+    s.indices[rows[i]] = 0;
+    if (!all_finite(s, rows[i])) continue;
+    if (m.open[i].threshold == kNever)
+      for (int64_t k = 0; k < c.K; ++k)
+        if (c.bias[k] != kNever) candidates.push_back((int32_t)k);
+    m.distances.resize(candidates.size());
+    s.indices[rows[i]] = nearest_of(c, s, rows[i], candidates, m.wide.get(), m.distances.data());
   }
 }
 

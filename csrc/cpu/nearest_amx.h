@@ -21,26 +21,22 @@ constexpr int kBlock = kSide * kFeatures;
 namespace {
 struct Bfloat16 {
   typedef uint16_t Value;
-  static uint16_t narrow(float v) { return to_bfloat16(v); }
-  static float widen(uint16_t v) { return from_bfloat16(v); }
+  static inline __attribute__((always_inline)) vf8 round(vf8 v) { return round_to_bfloat16(v); }
 };
 
+// Places past the last feature are written too: their values are zero.
 struct RowLayout : Bfloat16 {
-  static void put(uint16_t *packed, int64_t i, int64_t d0, int m, const uint16_t *values) {
-    for (int j = 0; j < m; j += kFeatures) {
-      uint16_t *to = packed + (d0 + j) / kFeatures * kBlock + i * kFeatures;
-      memcpy(to, values + j, sizeof(uint16_t) * (m - j < kFeatures ? m - j : kFeatures));
-    }
+  static inline __attribute__((always_inline)) void put(uint16_t *packed, int64_t i, int64_t d0, int, vf8 values) {
+    *(vh8_unaligned *)(packed + d0 / kFeatures * kBlock + i * kFeatures + d0 % kFeatures) = bfloat16_bits(values);
   }
 };
 
 struct CodeLayout : Bfloat16 {
-  static void put(uint16_t *packed, int64_t i, int64_t d0, int m, const uint16_t *values) {
-    for (int j = 0; j < m; ++j) {
-      const int64_t d = d0 + j;
-      const int64_t half = i / 16 * (kBlock / 2), pair = d % kFeatures / 2;
-      packed[d / kFeatures * kBlock + half + (pair * 16 + i % 16) * 2 + d % 2] = values[j];
-    }
+  static inline __attribute__((always_inline)) void put(uint16_t *packed, int64_t i, int64_t d0, int, vf8 values) {
+    typedef uint32_t pairs __attribute__((vector_size(16)));
+    const pairs bits = (pairs)bfloat16_bits(values);
+    uint32_t *to = (uint32_t *)(packed + d0 / kFeatures * kBlock + i / 16 * (kBlock / 2));
+    for (int j = 0; j < 4; ++j) to[(d0 % kFeatures / 2 + j) * 16 + i % 16] = bits[j];
   }
 };
 }  // namespace

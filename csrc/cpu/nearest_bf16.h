@@ -17,10 +17,10 @@ namespace {
 template <int width>
 struct Layout {
   typedef uint16_t Value;
-  static uint16_t narrow(float v) { return to_bfloat16(v); }
-  static float widen(uint16_t v) { return from_bfloat16(v); }
-  static void put(uint16_t *packed, int64_t i, int64_t d0, int m, const uint16_t *values) {
-    for (int j = 0; j < m; ++j) packed[((d0 + j) / 2 * width + i) * 2 + (d0 + j) % 2] = values[j];
+  static inline __attribute__((always_inline)) vf8 round(vf8 v) { return round_to_bfloat16(v); }
+  static inline __attribute__((always_inline)) void put(uint16_t *packed, int64_t i, int64_t d0, int m, vf8 values) {
+    const vh8 bits = bfloat16_bits(values);
+    for (int j = 0; j < m; ++j) packed[((d0 + j) / 2 * width + i) * 2 + (d0 + j) % 2] = bits[j];
   }
 };
 }  // namespace
@@ -54,30 +54,18 @@ static inline __attribute__((always_inline)) void score_panel(const uint32_t *ti
 
 static void score(const void *tile, const void *panels, const float *bias, int64_t D, int64_t n_panels,
                   int64_t first_code, float *best, float *second, int32_t *index) {
-  vi code = first_codes(first_code);
   const int64_t pairs = (D + 1) / 2;
-  const uint32_t *panel = (const uint32_t *)panels;
-  for (int64_t p = 0; p < n_panels; ++p, panel += pairs * kPanelCodes, bias += kPanelCodes, code += kPanelCodes) {
-    vf a[kTileRows][2];
-    score_panel((const uint32_t *)tile, panel, bias, pairs, a);
-#pragma GCC unroll 12
-    for (int r = 0; r < kTileRows; ++r)
-      take_scores<2>(a[r], code, best + r * kLanes, second + r * kLanes, index + r * kLanes);
-  }
+  score_panels<kTileRows>((const uint32_t *)panels, pairs * kPanelCodes, bias, n_panels, first_code, best, second, index,
+                          [&](const uint32_t *panel, const float *start, vf (&scores)[kTileRows][2])
+                              __attribute__((always_inline)) { score_panel((const uint32_t *)tile, panel, start, pairs, scores); });
 }
 
 static void score_all(const void *tile, const void *panels, const float *bias, int64_t D, int64_t n_panels,
-                      int64_t stride, float *scores) {
+                      int64_t stride, float *out) {
   const int64_t pairs = (D + 1) / 2;
-  const uint32_t *panel = (const uint32_t *)panels;
-  for (int64_t p = 0; p < n_panels; ++p, panel += pairs * kPanelCodes, bias += kPanelCodes, scores += kPanelCodes) {
-    vf a[kTileRows][2];
-    score_panel((const uint32_t *)tile, panel, bias, pairs, a);
-    for (int r = 0; r < kTileRows; ++r) {
-      store(scores + r * stride, a[r][0]);
-      store(scores + r * stride + kLanes, a[r][1]);
-    }
-  }
+  store_panels<kTileRows>((const uint32_t *)panels, pairs * kPanelCodes, bias, n_panels, stride, out,
+                          [&](const uint32_t *panel, const float *start, vf (&scores)[kTileRows][2])
+                              __attribute__((always_inline)) { score_panel((const uint32_t *)tile, panel, start, pairs, scores); });
 }
 
 extern const ScoreEngine engine;

@@ -1,21 +1,39 @@
 // What decides the rows that the scores leave open: finding the codes in question, distances in float64.
 #pragma once
 
+#if defined(__SSE__)
+#include <immintrin.h>
+#endif
+
 #include "convert.h"
 #include "simd.h"
 
 namespace vqfast::VQFAST_ISA {
 
-// Positions of the scores that are at least `threshold`, in order; returns how many.
+// One bit a lane, of the lanes that are true.
+static inline unsigned bits_of(vi lanes) {
+#if VQFAST_LANES == 16
+  return _mm512_movepi32_mask((__m512i)lanes);
+#elif VQFAST_LANES == 8
+  return (unsigned)_mm256_movemask_ps((__m256)lanes);
+#elif defined(__SSE__)
+  return (unsigned)_mm_movemask_ps((__m128)lanes);
+#else
+  unsigned bits = 0;
+  for (int l = 0; l < kLanes; ++l) bits |= (lanes[l] != 0) << l;
+  return bits;
+#endif
+}
+
+// Positions of the scores that are at least `threshold`, in order; returns how many. n is a multiple of 2 kLanes.
 static int64_t find_scores(const float *scores, int64_t n, float threshold, int32_t *found) {
   int64_t count = 0;
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const vi above = load(scores + i) >= splat(threshold);
-    bool any = false;
-    for (int l = 0; l < kLanes; ++l) any |= above[l] != 0;
-    if (!any) continue;
-    for (int l = 0; l < kLanes; ++l)
-      if (above[l]) found[count++] = (int32_t)(i + l);
+  const vf least = splat(threshold);
+  for (int64_t i = 0; i < n; i += 2 * kLanes) {
+    const vf a = load(scores + i), b = load(scores + i + kLanes);
+    if (!bits_of(max(a, b) >= least)) continue;
+    for (unsigned bits = bits_of(a >= least) | bits_of(b >= least) << kLanes; bits; bits &= bits - 1)
+      found[count++] = (int32_t)i + __builtin_ctz(bits);
   }
   return count;
 }

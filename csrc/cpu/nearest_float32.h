@@ -14,9 +14,8 @@ namespace {
 template <int width>
 struct Layout {
   typedef float Value;
-  static float narrow(float v) { return v; }
-  static float widen(float v) { return v; }
-  static void put(float *packed, int64_t i, int64_t d0, int m, const float *values) {
+  static inline __attribute__((always_inline)) vf8 round(vf8 v) { return v; }
+  static inline __attribute__((always_inline)) void put(float *packed, int64_t i, int64_t d0, int m, vf8 values) {
     for (int j = 0; j < m; ++j) packed[(d0 + j) * width + i] = values[j];
   }
 };
@@ -46,28 +45,16 @@ static inline __attribute__((always_inline)) void score_panel(const float *tile,
 
 static void score(const void *tile, const void *panels, const float *bias, int64_t D, int64_t n_panels,
                   int64_t first_code, float *best, float *second, int32_t *index) {
-  vi code = first_codes(first_code);
-  const float *panel = (const float *)panels;
-  for (int64_t p = 0; p < n_panels; ++p, panel += D * kPanelCodes, bias += kPanelCodes, code += kPanelCodes) {
-    vf a[kTileRows][2];
-    score_panel((const float *)tile, panel, bias, D, a);
-#pragma GCC unroll 12
-    for (int r = 0; r < kTileRows; ++r)
-      take_scores<2>(a[r], code, best + r * kLanes, second + r * kLanes, index + r * kLanes);
-  }
+  score_panels<kTileRows>((const float *)panels, D * kPanelCodes, bias, n_panels, first_code, best, second, index,
+                          [&](const float *panel, const float *start, vf (&scores)[kTileRows][2])
+                              __attribute__((always_inline)) { score_panel((const float *)tile, panel, start, D, scores); });
 }
 
 static void score_all(const void *tile, const void *panels, const float *bias, int64_t D, int64_t n_panels,
-                      int64_t stride, float *scores) {
-  const float *panel = (const float *)panels;
-  for (int64_t p = 0; p < n_panels; ++p, panel += D * kPanelCodes, bias += kPanelCodes, scores += kPanelCodes) {
-    vf a[kTileRows][2];
-    score_panel((const float *)tile, panel, bias, D, a);
-    for (int r = 0; r < kTileRows; ++r) {
-      store(scores + r * stride, a[r][0]);
-      store(scores + r * stride + kLanes, a[r][1]);
-    }
-  }
+                      int64_t stride, float *out) {
+  store_panels<kTileRows>((const float *)panels, D * kPanelCodes, bias, n_panels, stride, out,
+                          [&](const float *panel, const float *start, vf (&scores)[kTileRows][2])
+                              __attribute__((always_inline)) { score_panel((const float *)tile, panel, start, D, scores); });
 }
 
 static const ScoreEngine engine = {

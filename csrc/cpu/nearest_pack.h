@@ -1,8 +1,7 @@
 // Centring, scaling and rounding of vectors for the score loops. A Layout says where a value goes:
-//   Layout::Value               the packed type
-//   Layout::narrow(float)       rounds to it
-//   Layout::widen(Value)        back to float
-//   Layout::put(packed, i, d0, m, values)   stores features d0..d0+m-1 of vector i; d0 is a multiple of kPackBlock
+//   Layout::Value                        the packed type
+//   Layout::round(eight)                 eight floats, rounded to it
+//   Layout::put(packed, i, d0, m, eight) stores features d0..d0+m-1, m <= 8, of vector i; d0 is a multiple of 8
 #pragma once
 
 #include <string.h>
@@ -13,7 +12,28 @@
 
 namespace vqfast::VQFAST_ISA {
 
-constexpr int kPackBlock = 64;
+// Wide vectors as arguments: their convention varies with the instruction set, but all of it is inlined.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+// Eight features at a time; GCC splits the vectors where the instruction set has narrower ones.
+typedef float vf8 __attribute__((vector_size(32)));
+typedef uint32_t vu8 __attribute__((vector_size(32)));
+typedef double vd8 __attribute__((vector_size(64)));
+typedef double vd8_unaligned __attribute__((vector_size(64), aligned(8), may_alias));
+typedef float vf8_unaligned __attribute__((vector_size(32), aligned(4), may_alias));
+
+static inline __attribute__((always_inline)) vd8 eight(const double *v) { return *(const vd8_unaligned *)v; }
+static inline __attribute__((always_inline)) vd8 eight(const float *v) {
+  return __builtin_convertvector(*(const vf8_unaligned *)v, vd8);
+}
+template <class T>
+static inline __attribute__((always_inline)) vd8 eight(const T *v) {
+  vf8 wide;
+  for (int j = 0; j < 8; ++j) wide[j] = widen(v[j]);
+  return __builtin_convertvector(wide, vd8);
+}
+
+static inline double sum_of(vd8 v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
 
 // The difference and its scaling are float64; they round once, to the format (bfloat16 by way of float32).
 template <class Layout>
@@ -24,38 +44,24 @@ static void pack_vectors(vqfast_dtype dtype, const void *rows, int64_t stride_ro
   with_element(dtype, [&](auto *type) {
     const auto *base = (decltype(type))rows;
     for (int64_t i = 0; i < n; ++i) {
-      // Eight partial sums each: the compiler keeps the order of a sum, so one alone would not vectorise.
-      double rounded[8] = {}, exact[8] = {}, residual[8] = {};
-      for (int64_t d0 = 0; d0 < D; d0 += kPackBlock) {
-        const int m = D - d0 < kPackBlock ? (int)(D - d0) : kPackBlock;
-        double wide[kPackBlock];
-        typename Layout::Value values[kPackBlock];
-        const auto *v = base + i * stride_row + d0 * stride_feature;
-        if (stride_feature == 1) {
-          for (int j = 0; j < m; ++j) wide[j] = (double)widen(v[j]);
+      const auto *row = base + i * stride_row;
+      vd8 rounded = {}, exact = {}, residual = {};
+      for (int64_t d = 0; d < D; d += 8) {
+        const int m = D - d < 8 ? (int)(D - d) : 8;
+        vd8 wide = {};
+        if (m == 8 && stride_feature == 1) {
+          wide = (eight(row + d) - eight(mean + d)) * scale;
         } else {
-          for (int j = 0; j < m; ++j) wide[j] = (double)widen(v[j * stride_feature]);
+          for (int j = 0; j < m; ++j) wide[j] = ((double)widen(row[(d + j) * stride_feature]) - mean[d + j]) * scale;
         }
-        for (int j = 0; j < m; ++j) wide[j] = scale * (wide[j] - mean[d0 + j]);
-        const int padded = (m + 7) / 8 * 8;
-        for (int j = m; j < padded; ++j) wide[j] = 0;
-        for (int j = 0; j < padded; ++j) values[j] = Layout::narrow((float)wide[j]);
-        for (int j = 0; j < padded; j += 8) {
-          for (int l = 0; l < 8; ++l) {
-            const double value = Layout::widen(values[j + l]), rest = wide[j + l] - value;
-            rounded[l] += value * value;
-            exact[l] += wide[j + l] * wide[j + l];
-            residual[l] += rest * rest;
-          }
-        }
-        Layout::put((typename Layout::Value *)packed, i, d0, m, values);
+        const vf8 values = Layout::round(__builtin_convertvector(wide, vf8));
+        const vd8 back = __builtin_convertvector(values, vd8), rest = wide - back;
+        rounded += back * back;
+        exact += wide * wide;
+        residual += rest * rest;
+        Layout::put((typename Layout::Value *)packed, i, d, m, values);
       }
-      norms[i] = {0, 0, 0};
-      for (int l = 0; l < 8; ++l) {
-        norms[i].rounded += rounded[l];
-        norms[i].exact += exact[l];
-        norms[i].residual += residual[l];
-      }
+      norms[i] = {sum_of(rounded), sum_of(exact), sum_of(residual)};
     }
   });
 }

@@ -1,4 +1,4 @@
-"""Uniform forward noise for tests and benchmarks. Integer arithmetic throughout: every backend gives the same tokens."""
+"""Uniform forward noise for tests and benchmarks. Integer arithmetic: every backend gives the same tokens."""
 
 import torch
 from torch import Tensor

@@ -71,9 +71,7 @@ def test_the_posteriors(case):
     true = uniform_posterior(x0, *levels)
     model = uniform_posterior(logits.log_softmax(-1), *levels)
     # Theirs has log 1e-30 where ours has log 0: compared as probabilities.
-    torch.testing.assert_close(
-        true.exp(), classes_last(g["log_posterior"]).double().exp(), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(true.exp(), classes_last(g["log_posterior"]).double().exp(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(model, classes_last(g["log_p_prev"]).double(), rtol=1e-5, atol=1e-5)
 
 
@@ -82,9 +80,7 @@ def test_forward_draws_follow_the_marginals(golden):
     x0, t = g["K12_T100/x0"], g["K12_T100/t"] + 1
     n = 20_000
     generator = torch.Generator().manual_seed(0)
-    drawn = q_sample(
-        x0.repeat_interleave(n, 0), t.repeat_interleave(n), transition(12, 100), generator=generator
-    )
+    drawn = q_sample(x0.repeat_interleave(n, 0), t.repeat_interleave(n), transition(12, 100), generator=generator)
     share = torch.nn.functional.one_hot(drawn, 12).double().view(len(t), n, -1, 12).mean(1)
     expected = classes_last(g["K12_T100/q_pred"]).double().exp()
     deviation = (share - expected) / (expected * (1 - expected) / n).sqrt()
@@ -133,9 +129,7 @@ def test_the_distribution_of_t(golden):
     process = DiscreteDiffusion(transition(12, 100), time_sampling="importance")
     process.loss_history.copy_(g["importance/history"])
     process.loss_count.fill_(11)
-    torch.testing.assert_close(
-        process.time_probabilities().float(), g["importance/p_t"], rtol=1e-6, atol=1e-9
-    )
+    torch.testing.assert_close(process.time_probabilities().float(), g["importance/p_t"], rtol=1e-6, atol=1e-9)
 
 
 def test_the_whole_bound_over_a_chain(golden):
@@ -169,6 +163,4 @@ def test_the_residual_parameterisation_adds_the_one_hot_of_x_t(golden):
     process = DiscreteDiffusion(transition(12, 100), parameterisation="residual")
     output = classes_last(g["residual/net_output"])
     logits = process.predict(lambda x_t, t, labels: output, g["residual/x_t"].flatten(1), torch.ones(3))
-    torch.testing.assert_close(
-        logits.log_softmax(-1), classes_last(g["residual/log_x0"]), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(logits.log_softmax(-1), classes_last(g["residual/log_x0"]), rtol=1e-5, atol=1e-6)

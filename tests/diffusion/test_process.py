@@ -124,9 +124,7 @@ def test_the_objective_is_an_unbiased_estimate_of_the_bound(parameterisation, ti
     x0 = torch.tensor([[1]])
     exact = exact_bound(p, random_denoiser(), x0).item() / math.log(2)
     g = seeded()
-    estimates = torch.stack(
-        [p(random_denoiser(), x0.expand(24_000, 1), generator=g).bits_per_dim for _ in range(20)]
-    )
+    estimates = torch.stack([p(random_denoiser(), x0.expand(24_000, 1), generator=g).bits_per_dim for _ in range(20)])
     error = estimates.std() / math.sqrt(20)
     assert abs(estimates.mean() - exact) < 5 * error < 0.05 * exact
 

@@ -90,9 +90,7 @@ def test_guidance_moves_log_probabilities_away_from_the_unconditional(scale):
         return rows[:, None].expand(-1, x_t.shape[1], -1)
 
     labels = torch.zeros(4000, dtype=torch.int64)
-    codes = sample(
-        denoiser, (4000, 3), CHAIN, labels=labels, steps=1, guidance_scale=scale, generator=seeded()
-    )
+    codes = sample(denoiser, (4000, 3), CHAIN, labels=labels, steps=1, guidance_scale=scale, generator=seeded())
     assert_shares(codes, (unconditional + scale * (conditional - unconditional)).softmax(0))
 
 

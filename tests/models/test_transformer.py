@@ -25,9 +25,7 @@ def test_before_training_every_code_is_as_likely():
 
 def test_every_parameter_learns():
     net = small(num_classes=3)
-    net(
-        torch.randint(11, (4, 6)), torch.tensor([1, 2, 3, 10]), torch.tensor([0, 1, 2, -1])
-    ).square().sum().backward()
+    net(torch.randint(11, (4, 6)), torch.tensor([1, 2, 3, 10]), torch.tensor([0, 1, 2, -1])).square().sum().backward()
     silent = [name for name, p in net.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
     assert silent == []
 
@@ -57,9 +55,7 @@ def test_a_code_means_something_else_elsewhere():
 def test_attention_depends_on_the_offset_in_rows_and_columns():
     angles = grid_angles(6, 6, 4, torch.device("cpu"))
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
-    scores = (rotate(q.expand(1, 1, 36, 16), angles) @ rotate(k.expand(1, 1, 36, 16), angles).mT).view(
-        6, 6, 6, 6
-    )
+    scores = (rotate(q.expand(1, 1, 36, 16), angles) @ rotate(k.expand(1, 1, 36, 16), angles).mT).view(6, 6, 6, 6)
     torch.testing.assert_close(scores[0, 0, 2, 1], scores[3, 4, 5, 5], rtol=1e-4, atol=1e-4)
     assert abs(scores[0, 0, 2, 1] - scores[0, 0, 1, 2]) > 1e-3
 

@@ -1,7 +1,7 @@
 """Every Triton kernel compiled ahead of time, as its launcher launches it: what it needs, what it is made of.
 
-`budget.json` records, for each version of Triton that it names, the registers a thread uses, the bytes it spills and the
-shared memory of a program. `python test_compile.py` writes what the installed version gives now.
+`budget.json` records, for each version of Triton that it names, the registers a thread uses, the bytes it spills and
+the shared memory of a program. `python test_compile.py` writes what the installed version gives now.
 """
 
 import json

@@ -86,9 +86,7 @@ class DiscreteDiffusion(nn.Module):
                 f"parameterisation: expected one of {', '.join(PARAMETERISATIONS)}, got {parameterisation!r}"
             )
         if time_sampling not in TIME_SAMPLING:
-            raise ValueError(
-                f"time_sampling: expected one of {', '.join(TIME_SAMPLING)}, got {time_sampling!r}"
-            )
+            raise ValueError(f"time_sampling: expected one of {', '.join(TIME_SAMPLING)}, got {time_sampling!r}")
         if not aux_weight >= 0:
             raise ValueError(f"aux_weight: expected at least 0, got {aux_weight!r}")
         self.transition = transition
@@ -146,9 +144,7 @@ class DiscreteDiffusion(nn.Module):
         self.loss_history.scatter_(0, index, history)
         self.loss_count.scatter_add_(0, index, torch.ones_like(index))
 
-    def objective(
-        self, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, p_t: Tensor
-    ) -> tuple[Objective, Tensor]:
+    def objective(self, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, p_t: Tensor) -> tuple[Objective, Tensor]:
         """The estimate of the bound from one noised version of each sample.
 
         Args:
@@ -169,9 +165,7 @@ class DiscreteDiffusion(nn.Module):
         bits = total.detach()
         if self.aux_weight:
             with torch.no_grad():
-                bits = prior + diffusion_loss(
-                    logits, x0, x_t, t, self.transition, weights=weights, reduction="sum"
-                )
+                bits = prior + diffusion_loss(logits, x0, x_t, t, self.transition, weights=weights, reduction="sum")
         nats = loss.detach().sum(1) / weights.to(loss.dtype)
         return Objective(total, bits), nats
 

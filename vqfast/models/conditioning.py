@@ -22,9 +22,7 @@ def as_grid(x_t: Tensor, grid: tuple[int, int]) -> Tensor:
         return x_t
     h, w = grid
     if x_t.ndim != 2 or x_t.shape[1] != h * w:
-        raise ValueError(
-            f"x_t: expected (B, {h * w}) for the grid {h} x {w}, or (B, H, W), got {describe(x_t)}"
-        )
+        raise ValueError(f"x_t: expected (B, {h * w}) for the grid {h} x {w}, or (B, H, W), got {describe(x_t)}")
     return x_t.reshape(x_t.shape[0], h, w)
 
 
@@ -60,8 +58,7 @@ def check_labels(labels: Tensor, batch: int, num_classes: int | None) -> None:
         low, high = (int(v) for v in labels.aminmax())
         if low < NO_CLASS or high >= num_classes:
             raise ValueError(
-                f"labels: expected values in 0..{num_classes - 1}, or {NO_CLASS} for no class, "
-                f"got {low}..{high}"
+                f"labels: expected values in 0..{num_classes - 1}, or {NO_CLASS} for no class, got {low}..{high}"
             )
 
 

@@ -51,7 +51,5 @@ def vqddm_unet_state_dict(original: Mapping[str, Tensor]) -> dict[str, Tensor]:
         converted[name] = tensor.flatten(1) if name == "head.weight" else tensor
     if "embedding.weight" not in converted or "head.weight" not in converted:
         some = ", ".join(list(original)[:3])
-        raise ValueError(
-            f"original: expected a VQ-DDM U-Net with embedding and final_conv, got keys {some}, ..."
-        )
+        raise ValueError(f"original: expected a VQ-DDM U-Net with embedding and final_conv, got keys {some}, ...")
     return converted

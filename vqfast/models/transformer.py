@@ -46,9 +46,7 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulation.bias)
 
     def _attend(self, x: Tensor, angles: Tensor) -> Tensor:
-        q, k, v = (
-            self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # (B, heads, L, head_dim)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, head_dim)
         attended = F.scaled_dot_product_attention(rotate(q, angles), rotate(k, angles), v)
         return self.out(attended.transpose(1, 2).flatten(2))
 
@@ -94,9 +92,7 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         if heads < 1 or dim < 1 or dim % (4 * heads):
-            raise ValueError(
-                f"dim: expected a multiple of 4 * heads = {4 * heads} (rows and columns), got {dim}"
-            )
+            raise ValueError(f"dim: expected a multiple of 4 * heads = {4 * heads} (rows and columns), got {dim}")
         self.codebook_size = codebook_size
         self.grid = (grid[0], grid[1])
         self.T = T

@@ -49,9 +49,7 @@ class LinearAttention(nn.Module):
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            self.qkv(x).flatten(2).unflatten(1, (3, self.heads, -1)).unbind(1)
-        )  # (B, heads, head_dim, H * W)
+        q, k, v = self.qkv(x).flatten(2).unflatten(1, (3, self.heads, -1)).unbind(1)  # (B, heads, head_dim, H * W)
         context = v @ k.softmax(dim=-1).transpose(-1, -2)  # (B, heads, head_dim of v, head_dim of k)
         attended = (context @ q).flatten(1, 2).unflatten(-1, x.shape[2:])
         return x + self.gate * self.out(attended)
@@ -60,9 +58,7 @@ class LinearAttention(nn.Module):
 class Level(nn.Module):
     """Two residual blocks and attention at one resolution, then `resample` to the next."""
 
-    def __init__(
-        self, dim: int, dim_out: int, dim_time: int, groups: int, heads: int, head_dim: int, resample
-    ):
+    def __init__(self, dim: int, dim_out: int, dim_time: int, groups: int, heads: int, head_dim: int, resample):
         super().__init__()
         self.res1 = ResnetBlock(dim, dim_out, dim_time, groups)
         self.res2 = ResnetBlock(dim_out, dim_out, dim_time, groups)
@@ -110,9 +106,7 @@ class UNet(nn.Module):
     ):
         super().__init__()
         if dim % groups or dim % 2 or dim < 4:
-            raise ValueError(
-                f"dim: expected an even number, at least 4 and a multiple of groups = {groups}, got {dim}"
-            )
+            raise ValueError(f"dim: expected an even number, at least 4 and a multiple of groups = {groups}, got {dim}")
         if not mults:
             raise ValueError("mults: expected at least one level, got ()")
         self.codebook_size = codebook_size
@@ -144,9 +138,7 @@ class UNet(nn.Module):
     def _check_divisible(self, h: int, w: int) -> None:
         factor = 2**self.halvings
         if h % factor or w % factor or h < 1 or w < 1:
-            raise ValueError(
-                f"grid: expected multiples of {factor} for {self.halvings + 1} levels, got {h} x {w}"
-            )
+            raise ValueError(f"grid: expected multiples of {factor} for {self.halvings + 1} levels, got {h} x {w}")
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits of the clean codes.
@@ -165,9 +157,7 @@ class UNet(nn.Module):
         codes = as_grid(x_t, self.grid)
         B, H, W = codes.shape
         self._check_divisible(H, W)
-        time = self.time_mlp(
-            level_features(t, self.T, self.embedding.embedding_dim).to(self.head.weight.dtype)
-        )
+        time = self.time_mlp(level_features(t, self.T, self.embedding.embedding_dim).to(self.head.weight.dtype))
         if self.classes is not None:
             time = time + self.classes(labels, B)
         elif labels is not None:

@@ -217,9 +217,7 @@ class VQDDM(nn.Module):
             )
         K, given = self.config.codebook_size, codes[~mask.to(codes.device).expand_as(codes)]
         if given.numel() and not 0 <= given.min() <= given.max() < K:
-            raise ValueError(
-                f"codes: expected values in 0..{K - 1} outside the mask, got {given.min()}..{given.max()}"
-            )
+            raise ValueError(f"codes: expected values in 0..{K - 1} outside the mask, got {given.min()}..{given.max()}")
         known = torch.where(mask.to(codes.device), -1, codes).reshape(flat.shape).to(self.device)
         return self._draw(
             flat.shape[0], known, labels, batch_size, guidance_scale,
@@ -258,9 +256,7 @@ class VQDDM(nn.Module):
         """Codes (B, H, W) or (B, L) as (B, L)."""
         h, w = self.config.grid
         if not isinstance(codes, Tensor) or codes.dtype != torch.int64:
-            raise TypeError(
-                f"{name}: expected int64 codes (B, {h}, {w}) or (B, {h * w}), got {describe(codes)}"
-            )
+            raise TypeError(f"{name}: expected int64 codes (B, {h}, {w}) or (B, {h * w}), got {describe(codes)}")
         if codes.shape[1:] not in ((h, w), (h * w,)):
             raise ValueError(f"{name}: expected codes (B, {h}, {w}) or (B, {h * w}), got {describe(codes)}")
         return codes.flatten(1)
@@ -272,8 +268,7 @@ class VQDDM(nn.Module):
             return codes, None
         if batch.get("label") is None:
             raise ValueError(
-                f'batch["label"]: missing, but the model has {self.config.num_classes} classes; '
-                "expected (B,) int64"
+                f'batch["label"]: missing, but the model has {self.config.num_classes} classes; expected (B,) int64'
             )
         return codes, batch["label"]
 

@@ -43,6 +43,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m pytest bench -q -W ignore --benchmark-columns=median,iqr,rounds --benchmark-sort=mean
 	$(BIN)/python -m bench.plot
 	$(BIN)/python -m bench.table
+	$(BIN)/python -m bench.fuzz
 
 # On a machine with a CUDA device; needs no package index. STAGE= and OPS= choose a part.
 gpu:

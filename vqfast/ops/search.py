@@ -18,7 +18,8 @@ def nearest_code(x: Tensor, codebook: Tensor) -> Tensor:
     """Index of the code nearest to each vector: argmin_k ||x - c_k||^2, of the real numbers given.
 
     The result is exact, not that of a rounded expansion: what low precision cannot decide is decided in float64. Ties
-    go to the lowest index. A NaN row gets index 0; a NaN code is never chosen while another distance is finite.
+    go to the lowest index. A row with a NaN or an infinity gets index 0; a code with one is never chosen while another
+    is finite. Subnormals count as what they are. float64 rows so far away that squares overflow tie.
 
     Args:
         x: (..., D) float64, float32, bfloat16 or float16, any strides.

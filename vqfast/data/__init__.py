@@ -1,8 +1,9 @@
-"""Image collections: one reader for folders, archives, arrays and named sets, with a fixed held-out part."""
+"""Image collections: one reader for folders, archives, shards and arrays, with a fixed held-out part; their latents."""
 
 from vqfast.data.batches import CodeBatches, ImageBatches, ShuffledSteps, to_float, to_uint8
 from vqfast.data.errors import DataError
 from vqfast.data.images import ImageData
+from vqfast.data.latents import cached_latents, fingerprint
 from vqfast.data.sources import open_dataset
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "ImageBatches",
     "ImageData",
     "ShuffledSteps",
+    "cached_latents",
+    "fingerprint",
     "open_dataset",
     "to_float",
     "to_uint8",

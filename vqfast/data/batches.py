@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from vqfast.data.augment import Augmentation, middle
+from vqfast.data.errors import DataError
 from vqfast.data.images import ImageData
 
 
@@ -23,50 +25,84 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 class ImageBatches(Dataset):
-    """Batches of one split of an `ImageData`, indexed by positions within the split.
+    """Batches of one split of an `ImageData`, indexed by visits: visit v is of position v modulo the split's length.
 
     An item is {"image": (B, C, H, W) float32 in [-1, 1], "label": (B,) int64 where the data has labels}.
+
+    Args:
+        data: the images.
+        split: "train", "held-out" or "all".
+        crop: side in pixels of what is given out; None gives whole images.
+        augment: cut at a random place and mirror at random, by the visit; otherwise the middle is cut.
+        flip: with augment, mirror too.
+        seed: of the augmentation.
+
+    Raises:
+        DataError: a crop larger than the images.
     """
 
-    def __init__(self, data: ImageData, split: str = "train"):
+    def __init__(
+        self,
+        data: ImageData,
+        split: str = "train",
+        *,
+        crop: int | None = None,
+        augment: bool = False,
+        flip: bool = False,
+        seed: int = 0,
+    ):
+        if crop is not None and crop > min(data.image_size):
+            height, width = data.image_size
+            raise DataError(f"{data.source}: a crop of {crop} pixels from images of {width}x{height}")
         self._data = data
         self._positions = data.indices(split)
+        self._crop = crop
+        self._augment = Augmentation(crop, flip, seed) if augment else None
 
     def __len__(self) -> int:
         return len(self._positions)
 
-    def __getitem__(self, positions: np.ndarray) -> dict[str, Tensor]:
-        chosen = self._positions[positions]
-        batch = {"image": to_float(self._data.images[chosen])}
+    def __getitem__(self, visits: np.ndarray) -> dict[str, Tensor]:
+        images, positions = self._data.read(self._positions[visits % len(self)])
+        if self._augment is not None:
+            images = self._augment(images, visits)
+        elif self._crop is not None:
+            images = middle(images, self._crop)
+        batch = {"image": to_float(images)}
         if self._data.labels is not None:
-            batch["label"] = torch.from_numpy(self._data.labels[chosen])
+            batch["label"] = torch.from_numpy(self._data.labels[positions])
         return batch
 
 
 class CodeBatches(Dataset):
     """Batches of encoded images: {"codes": (B, h, w) int64, "label": (B,) int64 where there are labels}.
 
+    Indexed by visits, as ImageBatches.
+
     Args:
-        codes: (N, h, w) integers.
+        codes: (N, h, w) integers: a tensor, or an array that may be mapped from disk.
         labels: (N,) int64 or None.
     """
 
-    def __init__(self, codes: Tensor, labels: Tensor | None = None):
+    def __init__(self, codes: Tensor | np.ndarray, labels: Tensor | None = None):
         self._codes, self._labels = codes, labels
 
     def __len__(self) -> int:
         return len(self._codes)
 
-    def __getitem__(self, positions: np.ndarray) -> dict[str, Tensor]:
-        chosen = torch.from_numpy(positions)
-        batch = {"codes": self._codes[chosen].long()}
+    def __getitem__(self, visits: np.ndarray) -> dict[str, Tensor]:
+        positions = visits % len(self)
+        batch = {"codes": torch.as_tensor(self._codes[positions]).long()}
         if self._labels is not None:
-            batch["label"] = self._labels[chosen]
+            batch["label"] = self._labels[positions]
         return batch
 
 
 class ShuffledSteps(Sampler):
-    """Positions of each training step's batch: one endless chain of permutations, cut into equal batches.
+    """Visits of each training step's batch: one endless chain of permutations, cut into equal batches.
+
+    A visit is the position of an example plus `count` for every time that it was seen before: a dataset takes it modulo
+    its length, and what it does at random to an example it can derive from the visit.
 
     The batch of a step depends on (seed, step) alone, so that a resumed run sees what an unbroken one would
     have, and each of `world` processes takes its own part of it.
@@ -88,7 +124,7 @@ class ShuffledSteps(Sampler):
 
     def __iter__(self) -> Iterator[np.ndarray]:
         shuffled = lru_cache(maxsize=2)(
-            lambda epoch: np.random.default_rng((self._seed, epoch)).permutation(self._count)
+            lambda epoch: np.random.default_rng((self._seed, epoch)).permutation(self._count) + epoch * self._count
         )
         for step in self._steps:
             place = (step * self._world + self._rank) * self._batch_size

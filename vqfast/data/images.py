@@ -1,9 +1,10 @@
-"""A collection of images in memory, and which of them are held out from training."""
+"""A collection of images, and which of them are held out from training."""
 
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from vqfast.data.decoded import DecodedImages
 from vqfast.data.errors import DataError
 
 MOST_HELD_OUT = 10_000
@@ -13,16 +14,18 @@ MOST_HELD_OUT = 10_000
 class ImageData:
     """Images of one size, optional class labels, and the fixed split into a training and a held-out part.
 
-    images: (N, H, W, C) uint8, C = 1 (grey) or 3 (RGB).
+    images: (N, H, W, C) uint8, C = 1 (grey) or 3 (RGB): an array, or, where they are too many for memory, what
+        decodes those that are indexed.
     keys: (N,) uint32, what the split goes by: a checksum of each image's pixels, so that copies of one image
-        always fall on the same side and the order of the images does not matter.
+        always fall on the same side and the order of the images does not matter. Of images that are decoded when
+        asked for it is a checksum of the name.
     labels: (N,) int64 in [0, len(classes)), or None.
     classes: the name of each class.
     source: what the user asked for, as it appears in messages.
     """
 
     source: str
-    images: np.ndarray
+    images: np.ndarray | DecodedImages
     keys: np.ndarray
     labels: np.ndarray | None = None
     classes: tuple[str, ...] = ()
@@ -42,6 +45,12 @@ class ImageData:
     @property
     def channels(self) -> int:
         return self.images.shape[3]
+
+    def read(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images (n, H, W, C) at positions (n,), and the positions that they are of: another's for a broken image."""
+        if isinstance(self.images, DecodedImages):
+            return self.images.read(positions)
+        return self.images[positions], positions
 
     def indices(self, split: str) -> np.ndarray:
         """Positions of the images in a split.

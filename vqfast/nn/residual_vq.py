@@ -31,14 +31,15 @@ class ResidualVQ(nn.Module):
         num_quantizers: Q; None where codebook_size is a tuple.
         codebook_size: K of every stage, or a tuple of one K a stage.
         codebook_dim: size of a code; the input is projected to it and the sum back. None for D.
-        shared_codebook: one codebook for all stages. Its moving averages follow after the last stage, one step
-            a stage.
+        shared_codebook: one codebook for all stages. Its moving averages take one step a stage, and the codebook
+            follows after the last; a dead code is replaced at once.
         quantize_dropout: leave out stages at random in training.
         quantize_dropout_cutoff_index: number of first stages, less one, that are never left out.
         quantize_dropout_multiple_of: the number of stages kept is rounded up to a multiple of this.
         quant_grad_frac: share of a code's gradient that flows on through the residual.
         channel_last: input (B, ..., D) if true, (B, D, ...) if false.
         accept_image_fmap: input (B, D, H, W), indices (B, H, W, Q).
+        return_zeros_for_masked_padding: the output where masked is 0 if true, the input if false.
         options: of every stage's VectorQuantize.
 
     Raises:
@@ -60,6 +61,7 @@ class ResidualVQ(nn.Module):
         quant_grad_frac: float = 0.0,
         channel_last: bool = True,
         accept_image_fmap: bool = False,
+        return_zeros_for_masked_padding: bool = True,
         **options: Any,
     ):
         super().__init__()
@@ -94,6 +96,11 @@ class ResidualVQ(nn.Module):
         self.project_in: nn.Module = nn.Linear(dim, codebook_dim) if self.has_projections else nn.Identity()
         self.project_out: nn.Module = nn.Linear(codebook_dim, dim) if self.has_projections else nn.Identity()
         own = sizes[:1] if shared_codebook else sizes
+        self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
+        # A shared codebook is written after the last stage: it must not move between one search and the next.
+        manual = options.pop("manual_ema_update", False)
+        self._writes_codebook = shared_codebook and not manual
+        options["manual_ema_update"] = shared_codebook or manual
         self.layers = nn.ModuleList(VectorQuantize(dim=codebook_dim, codebook_size=K, **options) for K in own)
         self._seeds = DropoutSeeds()
 
@@ -107,9 +114,12 @@ class ResidualVQ(nn.Module):
         self,
         x: Tensor,
         mask: Tensor | None = None,
+        *,
         return_all_codes: bool = False,
+        sample_codebook_temp: float | None = None,
         freeze_codebook: bool | None = None,
         rand_quantize_dropout_fixed_seed: int | None = None,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Quantise, and in training mode let the codebooks follow.
 
@@ -118,8 +128,10 @@ class ResidualVQ(nn.Module):
             mask: (B, ...) bool, True where a vector counts. Elsewhere indices are -1 and the output 0, and neither
                 the losses nor the codebooks see the vector.
             return_all_codes: return each stage's code too.
+            sample_codebook_temp: of stochastic sampling, in place of the constructor's.
             freeze_codebook: leave the codebooks as they are in this call.
             rand_quantize_dropout_fixed_seed: the seed of this call's draw of quantiser dropout.
+            weights: (B, ...) float, how much each vector counts in the moving averages.
 
         Returns:
             quantized: shape and dtype of x.
@@ -133,22 +145,16 @@ class ResidualVQ(nn.Module):
         """
         if self.accept_image_fmap and x.ndim != 4:
             raise ValueError(f"x: expected shape (B, {self.dim}, H, W), got {tuple(x.shape)}")
-        residual = channels_last(x, self.dim, self.channel_first)
+        vectors = residual = channels_last(x, self.dim, self.channel_first)
         if self.has_projections:
             residual = self.project_in(residual.to(self.project_in.weight.dtype))
         residual = residual.to(self.layers[0].codebook.dtype)
         kept = self._kept_stages(rand_quantize_dropout_fixed_seed)
 
         total, indices, losses = torch.zeros_like(residual), [], []
-        holds = self._holds_codebook(freeze_codebook)
-        # On the batch of its k-means start the codebook is worth holding from the first stage's end only.
-        held = self.layers[0].codebook.clone() if holds and self.layers[0]._initialised else None
+        call = {"mask": mask, "weights": weights, "sample_codebook_temp": sample_codebook_temp}
         for stage in self._stages()[:kept]:
-            if held is not None:
-                stage.codebook.copy_(held)
-            code, index, loss = stage(residual, mask=mask, freeze_codebook=freeze_codebook)
-            if holds and held is None:
-                held = stage.codebook.clone()
+            code, index, loss = stage(residual, freeze_codebook=freeze_codebook, **call)
             residual = residual - _with_gradient_share(code, self.quant_grad_frac)
             total = total + code
             indices.append(index)
@@ -156,9 +162,11 @@ class ResidualVQ(nn.Module):
         for _ in range(kept, self.num_quantizers):
             indices.append(torch.full_like(indices[0], -1))
             losses.append(torch.zeros_like(losses[0]))
+        if self._follows(freeze_codebook):
+            self.layers[0].update_ema()
 
         indices = torch.stack(indices, dim=-1)
-        result = (self._output(total, mask).to(x.dtype), indices, torch.stack(losses))
+        result = (self._output(total, vectors, mask), indices, torch.stack(losses))
         return (*result, self.get_codes_from_indices(indices)) if return_all_codes else result
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
@@ -185,11 +193,11 @@ class ResidualVQ(nn.Module):
     def _stages(self) -> list[VectorQuantize]:
         return list(self.layers) * (self.num_quantizers if self.shared_codebook else 1)
 
-    def _holds_codebook(self, freeze_codebook: bool | None) -> bool:
-        """Whether stages share a codebook that their moving averages would move between one and the next."""
+    def _follows(self, freeze_codebook: bool | None) -> bool:
+        """Whether it is this call's part to write a shared codebook."""
         layer = self.layers[0]
         frozen = layer.freeze_codebook if freeze_codebook is None else freeze_codebook
-        return self.shared_codebook and self.training and not frozen and not layer.learnable_codebook
+        return self._writes_codebook and self.training and not frozen and layer.ema_update and not layer.accumulating
 
     def _kept_stages(self, seed: int | None) -> int:
         """Number of first stages that this call goes through."""
@@ -200,12 +208,13 @@ class ResidualVQ(nn.Module):
         multiple = self.quantize_dropout_multiple_of
         return min(-(-kept // multiple) * multiple, self.num_quantizers)
 
-    def _output(self, total: Tensor, mask: Tensor | None) -> Tensor:
-        """Sum of codes (B, ..., codebook_dim) to the layout and channels of the input."""
+    def _output(self, total: Tensor, vectors: Tensor, mask: Tensor | None) -> Tensor:
+        """Sum of codes (B, ..., codebook_dim) to the layout, channels and dtype of the input (B, ..., D)."""
         if self.has_projections:
             total = self.project_out(total)
-            if mask is not None:  # the bias of the projection is not zero
-                total = torch.where(mask[..., None], total, 0)
+        total = total.to(vectors.dtype)
+        if mask is not None and (self.has_projections or not self.return_zeros_for_masked_padding):
+            total = torch.where(mask[..., None], total, 0 if self.return_zeros_for_masked_padding else vectors)
         return total.movedim(-1, 1) if self.channel_first else total
 
 
@@ -253,9 +262,12 @@ class GroupedResidualVQ(nn.Module):
         self,
         x: Tensor,
         mask: Tensor | None = None,
+        *,
         return_all_codes: bool = False,
+        sample_codebook_temp: float | None = None,
         freeze_codebook: bool | None = None,
         rand_quantize_dropout_fixed_seed: int | None = None,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Quantise each group of channels; arguments as ResidualVQ's.
 
@@ -275,8 +287,10 @@ class GroupedResidualVQ(nn.Module):
                 part,
                 mask=mask,
                 return_all_codes=return_all_codes,
+                sample_codebook_temp=sample_codebook_temp,
                 freeze_codebook=freeze_codebook,
                 rand_quantize_dropout_fixed_seed=seed,
+                weights=weights,
             )
             for rvq, part in zip(self.rvqs, x.chunk(self.groups, dim=channels), strict=True)
         ]

@@ -1,159 +1,464 @@
 """A vector quantiser as a module: codebook, its upkeep by moving averages, the losses that train the rest."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqfast.ops import codebook_stats, nearest_code, quantize
+from vqfast.nn.code_sampling import sample_code
+from vqfast.nn.codebook import (
+    STARTS,
+    averaged_codes,
+    kmeans,
+    packed_stats,
+    random_vectors,
+    revived,
+    sum_over_processes,
+)
+from vqfast.nn.cross_entropy import code_cross_entropy
+from vqfast.nn.layout import channels_last
+from vqfast.nn.orthogonal import orthogonal_loss
+from vqfast.ops import Quantized, quantize
+from vqfast.ops.checks import check_mask
+from vqfast.ops.reduction import ordered_sum
 
 USAGE_WINDOW = 100
+
+
+class LossBreakdown(NamedTuple):
+    """The unweighted parts of VectorQuantize's loss, scalars; 0 in eval mode and where their weight is 0.
+
+    commitment: mean |x - code|^2, or the cross entropy in its place.
+    orthogonal_reg: mean squared cosine between codes.
+    """
+
+    commitment: Tensor
+    orthogonal_reg: Tensor
 
 
 class VectorQuantize(nn.Module):
     """Replaces each vector by its nearest code; called as users of vector-quantize-pytorch call theirs.
 
     By default the codebook follows the vectors by exponential moving averages (van den Oord et al. 2017,
-    appendix A.1, with Laplace smoothing of the counts) and the only loss is the commitment term. With
-    `decay=None` or `ema_update=False` the codebook is a parameter that the codebook term of the loss moves.
+    appendix A.1, with Laplace smoothing of the counts) and the only loss is the commitment term. A learnable codebook
+    is a parameter that the loss moves.
 
     The gradient of `quantized` passes straight through to the input, or by the rotation trick. Input of another float
     dtype than the codebook is cast to the codebook's for the search and the losses, and `quantized` is cast back: keep
     the module in float32 under mixed precision. With torch.distributed started, every process ends each step with the
-    same codebook, at the price of one all-reduce.
+    same codebook, at the price of one all-reduce. A training step reads nothing back from the device.
+
+    With `heads` = H, or another `codebook_dim` = d than D, vectors are projected to H d channels, each head's d are
+    quantised on their own, and the result is projected back.
 
     Args:
-        dim: D, size of a vector.
+        dim: D, channels of the input.
         codebook_size: K, number of codes.
-        decay: of the moving averages; None makes the codebook a parameter.
+        codebook_dim: d, size of a code; None for D.
+        heads: H, codes a vector.
+        separate_codebook_per_head: each head has its own codebook, in place of one for all.
+        decay: of the moving averages; None makes the codebook learnable.
         eps: of the Laplace smoothing.
-        commitment_weight: weight of mean |x - sg(code)|^2.
-        codebook_weight: weight of mean |sg(x) - code|^2; used by a learnable codebook only.
-        ema_update: False makes the codebook a parameter.
-        threshold_ema_dead_code: a code whose moving-average count falls below this is replaced by a vector
-            of the batch; 0 never replaces any. The choice is made on the device, without a sync.
+        freeze_codebook: never change the codebook (can be overridden in a call).
         kmeans_init: start the codebook from k-means over the first training batch.
         kmeans_iters: its iterations.
-        freeze_codebook: never change the codebook (can be overridden in a call).
-        rotation_trick: turn and scale the gradient as each vector was turned and scaled to reach its code (Fifty et
-            al. 2024), in place of the straight-through estimator.
+        kmeans_start: "random" or "afkmc2", what k-means starts from.
+        sync_kmeans: over the batches of all processes.
+        use_cosine_sim: vectors and codes are scaled to unit length, so the nearest code is that of the least angle.
+        layernorm_after_project_in: LayerNorm of the projected input.
+        threshold_ema_dead_code: a code whose moving-average count falls below this is replaced by a vector
+            of the batch; 0 never replaces any. The choice is made on the device, without a sync.
         channel_last: input (B, ..., D) if true, (B, D, ...) if false.
         accept_image_fmap: input (B, D, H, W), indices (B, H, W).
+        accept_3d_fmap: input (B, D, X, Y, Z), indices (B, X, Y, Z).
+        commitment_weight: weight of mean |x - sg(code)|^2.
+        codebook_weight: weight of mean |sg(x) - code|^2, used by a learnable codebook only. None makes one term of the
+            two, commitment_weight * mean |x - code|^2.
+        commitment_use_cross_entropy_loss: the commitment term is the cross entropy of the codes chosen under the
+            softmax over -|x - code| (the cosine with use_cosine_sim).
+        orthogonal_reg_weight: weight of the mean squared cosine between codes (`orthogonal_loss`). Makes the codebook
+            a parameter, which the moving averages go on overwriting unless it is learnable.
+        orthogonal_reg_active_codes_only: over the codes chosen in the batch.
+        orthogonal_reg_max_codes: over so many of them, drawn at random.
+        stochastic_sample_codes: in training, draw each code from softmax(-|x - code| / sample_codebook_temp).
+        sample_codebook_temp: see above; 0 takes the nearest.
+        rotation_trick: turn and scale the gradient as each vector was turned and scaled to reach its code (Fifty et
+            al. 2024), in place of the straight-through estimator.
+        sync_codebook: the moving averages are over the batches of all processes; None for where there are several.
+        ema_update: follow by moving averages; None for where the codebook is not learnable.
+        manual_ema_update: training moves the averages but not the codebook, which `update_ema` writes.
+        learnable_codebook: the codebook is a parameter; None for where decay is None or ema_update False.
+        return_zeros_for_masked_padding: the output where masked is 0 if true, the input if false.
 
-    Buffers: codebook (K, D), a parameter where learnable; cluster_size (K,); embed_avg (K, D); idle (K,)
-    int64, the number of training batches since each code was last chosen.
+    Buffers: codebook (K, d), a parameter where learnable; cluster_size (K,); embed_avg (K, d); idle (K,)
+    int64, the number of training batches since each code was last chosen. With separate codebooks all begin with H.
 
     Raises:
-        ValueError: a size, weight or decay out of range.
+        ValueError: a size, weight or decay out of range, options that exclude each other.
     """
 
     def __init__(
         self,
         dim: int,
         codebook_size: int,
-        *,
+        codebook_dim: int | None = None,
+        heads: int = 1,
+        separate_codebook_per_head: bool = False,
         decay: float | None = 0.8,
         eps: float = 1e-5,
-        commitment_weight: float = 1.0,
-        codebook_weight: float = 1.0,
-        ema_update: bool = True,
-        threshold_ema_dead_code: float = 0.0,
+        freeze_codebook: bool = False,
         kmeans_init: bool = False,
         kmeans_iters: int = 10,
-        freeze_codebook: bool = False,
-        rotation_trick: bool = False,
+        sync_kmeans: bool = True,
+        use_cosine_sim: bool = False,
+        *,
+        kmeans_start: str = "random",
+        layernorm_after_project_in: bool = False,
+        threshold_ema_dead_code: float = 0.0,
         channel_last: bool = True,
         accept_image_fmap: bool = False,
+        accept_3d_fmap: bool = False,
+        commitment_weight: float = 1.0,
+        codebook_weight: float | None = None,
+        commitment_use_cross_entropy_loss: bool = False,
+        orthogonal_reg_weight: float = 0.0,
+        orthogonal_reg_active_codes_only: bool = False,
+        orthogonal_reg_max_codes: int | None = None,
+        stochastic_sample_codes: bool = False,
+        sample_codebook_temp: float = 1.0,
+        rotation_trick: bool = False,
+        sync_codebook: bool | None = None,
+        ema_update: bool | None = None,
+        manual_ema_update: bool = False,
+        learnable_codebook: bool | None = None,
+        return_zeros_for_masked_padding: bool = True,
     ):
         super().__init__()
-        for name, value in (("dim", dim), ("codebook_size", codebook_size)):
+        codebook_dim = dim if codebook_dim is None else codebook_dim
+        most = orthogonal_reg_max_codes
+        for name, value in (
+            ("dim", dim),
+            ("codebook_size", codebook_size),
+            ("codebook_dim", codebook_dim),
+            ("heads", heads),
+            ("orthogonal_reg_max_codes", 1 if most is None else most),
+        ):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         if decay is not None and not 0 <= decay < 1:
             raise ValueError(f"decay: expected a number in [0, 1) or None, got {decay}")
-        weights = {
-            "commitment_weight": commitment_weight,
-            "codebook_weight": codebook_weight,
-            "threshold_ema_dead_code": threshold_ema_dead_code,
-        }
-        for name, value in weights.items():
+        if kmeans_start not in STARTS:
+            raise ValueError(f"kmeans_start: expected one of {', '.join(STARTS)}, got {kmeans_start!r}")
+        for name, value in (
+            ("commitment_weight", commitment_weight),
+            ("codebook_weight", codebook_weight or 0.0),
+            ("threshold_ema_dead_code", threshold_ema_dead_code),
+            ("orthogonal_reg_weight", orthogonal_reg_weight),
+            ("sample_codebook_temp", sample_codebook_temp),
+        ):
             if value < 0:
                 raise ValueError(f"{name}: expected a number of at least 0, got {value}")
-        self.dim, self.codebook_size = dim, codebook_size
-        self.learnable_codebook = decay is None or not ema_update
+        if learnable_codebook is None:
+            learnable_codebook = decay is None or ema_update is False
+        if ema_update is None:
+            ema_update = not learnable_codebook
+        if ema_update and (learnable_codebook or decay is None):
+            raise ValueError("ema_update: expected False or None with a learnable codebook or decay=None, got True")
+        if learnable_codebook and use_cosine_sim:
+            raise ValueError("use_cosine_sim: expected False with a learnable codebook, whose codes leave the sphere")
+
+        self.dim, self.codebook_size, self.codebook_dim = dim, codebook_size, codebook_dim
+        self.heads, self.separate_codebook_per_head = heads, separate_codebook_per_head and heads > 1
+        self.learnable_codebook, self.ema_update = learnable_codebook, ema_update
+        self.manual_ema_update = manual_ema_update
         # A learnable codebook keeps the averages too: dead codes are found by them.
         self.decay = 0.99 if decay is None else decay
         self.eps = eps
+        self.use_cosine_sim = use_cosine_sim
         self.commitment_weight, self.codebook_weight = commitment_weight, codebook_weight
+        self.commitment_use_cross_entropy_loss = commitment_use_cross_entropy_loss
+        self.orthogonal_reg_weight = orthogonal_reg_weight
+        self.orthogonal_reg_active_codes_only = orthogonal_reg_active_codes_only
+        self.orthogonal_reg_max_codes = orthogonal_reg_max_codes
+        self.stochastic_sample_codes, self.sample_codebook_temp = stochastic_sample_codes, sample_codebook_temp
         self.threshold_ema_dead_code = threshold_ema_dead_code
-        self.kmeans_iters = kmeans_iters
+        self.kmeans_iters, self.kmeans_start, self.sync_kmeans = kmeans_iters, kmeans_start, sync_kmeans
+        self.sync_codebook = sync_codebook is not False
         self.freeze_codebook = freeze_codebook
         self.estimator = "rotation" if rotation_trick else "ste"
-        self.channel_first = accept_image_fmap or not channel_last
-        self.accept_image_fmap = accept_image_fmap
+        self.accept_image_fmap, self.accept_3d_fmap = accept_image_fmap, accept_3d_fmap
+        self.channel_first = accept_image_fmap or accept_3d_fmap or not channel_last
+        self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
 
-        codes = torch.empty(codebook_size, dim).uniform_(-1 / codebook_size, 1 / codebook_size)
-        if self.learnable_codebook:
+        width = heads * codebook_dim
+        self.has_projections = width != dim
+        self.project_in: nn.Module = nn.Identity()
+        self.project_out: nn.Module = nn.Identity()
+        if self.has_projections:
+            self.project_in, self.project_out = nn.Linear(dim, width), nn.Linear(width, dim)
+            if layernorm_after_project_in:
+                self.project_in = nn.Sequential(self.project_in, nn.LayerNorm(width))
+
+        stacked = (heads,) if self.separate_codebook_per_head else ()
+        codes = torch.empty(*stacked, codebook_size, codebook_dim).uniform_(-1 / codebook_size, 1 / codebook_size)
+        if use_cosine_sim:
+            codes = F.normalize(codes, dim=-1)
+        if learnable_codebook or orthogonal_reg_weight > 0:
             self.codebook = nn.Parameter(codes)
         else:
             self.register_buffer("codebook", codes)
-        self.register_buffer("cluster_size", torch.ones(codebook_size))
+        self.register_buffer("cluster_size", torch.ones(*stacked, codebook_size))
         self.register_buffer("embed_avg", codes.clone())
-        self.register_buffer("idle", torch.zeros(codebook_size, dtype=torch.int64))
+        self.register_buffer("idle", torch.zeros(*stacked, codebook_size, dtype=torch.int64))
         self.register_buffer("initialised", torch.tensor(not kmeans_init))
         # The same fact on the host: reading the buffer at every step would wait for the device.
         self._initialised = not kmeans_init
         self.register_load_state_dict_post_hook(VectorQuantize._after_load)
+        self.accumulating = False
+        self._pending: Tensor | None = None
 
     def _after_load(self, incompatible_keys) -> None:
         self._initialised = bool(self.initialised)
 
+    # ---- forward -----------------------------------------------------------------------------------------------------
+
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, freeze_codebook: bool | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        x: Tensor,
+        indices: Tensor | None = None,
+        mask: Tensor | None = None,
+        lens: Tensor | None = None,
+        *,
+        sample_codebook_temp: float | None = None,
+        freeze_codebook: bool | None = None,
+        return_loss_breakdown: bool = False,
+        weights: Tensor | None = None,
+        ema_update_weight: Tensor | Callable[[Tensor, Tensor], Tensor] | None = None,
+        accum_ema_update: bool = False,
+    ) -> tuple[Tensor, ...]:
         """Quantise, and in training mode let the codebook follow.
 
         Args:
             x: (B, ..., D) float, or (B, D, ...) as configured.
+            indices: (B, ...) int64, or (B, ..., H): return quantized and the cross entropy of these codes under the
+                softmax over -|x - code| (the cosine with use_cosine_sim), mean over those that are not -1.
             mask: (B, ...) bool, True where a vector counts. Elsewhere the index is -1 and the output 0, and neither the
                 loss nor the codebook sees the vector.
+            lens: (B,) the same as lengths, for one dimension of positions.
+            sample_codebook_temp: in place of the constructor's.
             freeze_codebook: leave the codebook as it is in this call.
+            return_loss_breakdown: return the parts of the loss too.
+            weights: (B, ...) float, how much each vector counts in the moving averages.
+            ema_update_weight: factor of 1 - decay, (K,) or (H, K), or a function of sums and counts that gives it.
+            accum_ema_update: keep the statistics of this call for the next update of the codebook.
 
         Returns:
             quantized: shape and dtype of x.
-            indices: (B, ...) int64.
-            loss: scalar, the commitment term (plus the codebook term where learnable); 0 in eval mode.
+            indices: (B, ...) int64, (B, ..., H) with several heads.
+            loss: scalar, the commitment term (plus the others asked for); 0 in eval mode.
+            breakdown: LossBreakdown, only where asked for.
 
         Raises:
             TypeError: a mask that is not bool.
             ValueError: a shape that does not fit.
         """
         vectors = self._channels_last(x)
-        rows = vectors.to(self.codebook.dtype)
+        mask = self._mask(vectors, mask, lens)
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         follow = self.training and not frozen
+        z = self._project(vectors)  # (B, ..., d), or (B, ..., H, d)
+        counted = None if mask is None else self._per_head(mask)
         if follow and not self._initialised:
-            self._start_from_kmeans(rows.detach().reshape(-1, self.dim), None if mask is None else mask.reshape(-1))
-        codebook = self.codebook.detach() if frozen else self.codebook
-        # Backward reads the codes that were looked up, and the update below writes in place.
-        result = quantize(
-            rows,
-            codebook.clone() if follow else codebook,
-            beta=self.commitment_weight,
-            codebook_weight=self.codebook_weight if self.learnable_codebook and not frozen else 0.0,
-            estimator=self.estimator,
-            mask=mask,
-        )
+            self._start_from_kmeans(z.detach(), counted)
+        learns = self.learnable_codebook and not frozen
+        codebook = self.codebook if learns else self.codebook.detach()
+        if follow:  # backward reads the codes that were looked up, and the update below writes in place
+            codebook = codebook.clone()
+        temperature = self.sample_codebook_temp if sample_codebook_temp is None else sample_codebook_temp
+        result = self._quantize(z, codebook, counted, temperature, learns)
         if follow:
-            self._follow(rows.detach().reshape(-1, self.dim), result.indices.reshape(-1))
-        quantized = result.quantized.to(x.dtype)
+            self._follow(z.detach(), result.indices, weights, ema_update_weight, accum_ema_update)
+
+        quantized = result.quantized.flatten(-2) if self.heads > 1 else result.quantized
+        if self.has_projections:
+            quantized = self.project_out(quantized)
+        quantized = quantized.to(x.dtype)
+        if mask is not None and (self.has_projections or not self.return_zeros_for_masked_padding):
+            quantized = torch.where(mask[..., None], quantized, 0 if self.return_zeros_for_masked_padding else vectors)
         if self.channel_first:
             quantized = quantized.movedim(-1, 1)
-        return quantized, result.indices, result.loss if self.training else torch.zeros_like(result.loss)
+        if indices is not None:
+            return quantized, self._cross_entropy(z, codebook, indices)
+        loss, parts = self._losses(z, codebook, result, learns)
+        return (quantized, result.indices, loss, parts) if return_loss_breakdown else (quantized, result.indices, loss)
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
-        """(B, ...) int64 to the codes (B, ..., D), or (B, D, ...) where the input is channel-first."""
-        codes = nn.functional.embedding(indices, self.codebook)
+        """Codes before project_out: (B, ..., d), heads side by side, channels where the input has them; 0 for -1.
+
+        Args:
+            indices: (B, ...) int64, or (B, ..., H).
+        """
+        codes = self._codes(indices)
         return codes.movedim(-1, 1) if self.channel_first else codes
+
+    def get_output_from_indices(self, indices: Tensor) -> Tensor:
+        """`quantized` of these indices: (B, ..., D), or (B, D, ...) where the input is channel-first."""
+        output = self.project_out(self._codes(indices))
+        return output.movedim(-1, 1) if self.channel_first else output
+
+    def _channels_last(self, x: Tensor) -> Tensor:
+        for accepted, ndim, layout in (
+            (self.accept_image_fmap, 4, f"(B, {self.dim}, H, W)"),
+            (self.accept_3d_fmap, 5, f"(B, {self.dim}, X, Y, Z)"),
+        ):
+            if accepted and x.ndim != ndim:
+                raise ValueError(f"x: expected shape {layout}, got {tuple(x.shape)}")
+        return channels_last(x, self.dim, self.channel_first)
+
+    @staticmethod
+    def _mask(vectors: Tensor, mask: Tensor | None, lens: Tensor | None) -> Tensor | None:
+        """Which vectors (B, ..., D) count, of `mask` or `lens`."""
+        if lens is not None:
+            if mask is not None:
+                raise ValueError("lens: expected None with a mask, got both")
+            if vectors.ndim != 3 or lens.shape != vectors.shape[:1]:
+                raise ValueError(
+                    f"lens: expected shape (B,) with x of one dimension of positions, got {tuple(lens.shape)} with "
+                    f"positions {tuple(vectors.shape[:-1])}"
+                )
+            mask = torch.arange(vectors.shape[1], device=vectors.device) < lens[:, None]
+        if mask is not None:
+            check_mask(mask, vectors)
+        return mask
+
+    def _project(self, vectors: Tensor) -> Tensor:
+        """(B, ..., D) to (B, ..., d), or (B, ..., H, d) with several heads, in the codebook's dtype."""
+        if self.has_projections:
+            vectors = self.project_in(vectors.to(next(self.project_in.parameters()).dtype))
+        z = vectors.to(self.codebook.dtype)
+        if self.heads > 1:
+            z = z.unflatten(-1, (self.heads, self.codebook_dim))
+        return F.normalize(z, dim=-1, eps=1e-6) if self.use_cosine_sim else z
+
+    def _per_head(self, values: Tensor) -> Tensor:
+        """(B, ...) to (B, ..., H), or as it is with one head."""
+        return values[..., None].expand(*values.shape, self.heads) if self.heads > 1 else values
+
+    def _quantize(
+        self, z: Tensor, codebook: Tensor, mask: Tensor | None, temperature: float, learns: bool
+    ) -> Quantized:
+        """`quantize` of every head's vectors in its codebook.
+
+        On the unit sphere the nearest code is that of the largest cosine: |z - c|^2 = 2 - 2 <z, c>.
+        """
+        sampled = self.training and self.stochastic_sample_codes and temperature > 0
+        beta, codebook_weight = self._error_weights(learns)
+
+        def one(z: Tensor, codebook: Tensor, mask: Tensor | None) -> Quantized:
+            return quantize(
+                z,
+                codebook,
+                beta=beta,
+                codebook_weight=codebook_weight,
+                estimator=self.estimator,
+                mask=mask,
+                indices=sample_code(z, codebook, temperature, cosine=self.use_cosine_sim) if sampled else None,
+            )
+
+        if not self.separate_codebook_per_head:
+            return one(z, codebook, mask)
+        heads = [
+            one(z[..., head, :], codebook[head], None if mask is None else mask[..., head])
+            for head in range(self.heads)
+        ]
+        return Quantized(
+            torch.stack([head.quantized for head in heads], dim=-2),
+            torch.stack([head.indices for head in heads], dim=-1),
+            torch.stack([head.loss for head in heads]).mean(),
+            torch.stack([head.counts for head in heads]),
+        )
+
+    def _codes(self, indices: Tensor) -> Tensor:
+        """(B, ...) or (B, ..., H) to (B, ..., H d); 0 where the index is -1."""
+        if self.heads > 1 and indices.shape[-1:] != (self.heads,):
+            raise ValueError(f"indices: expected shape (B, ..., {self.heads}), got {tuple(indices.shape)}")
+        codes = F.embedding(self._stacked(indices.clamp(min=0)), self.codebook.reshape(-1, self.codebook_dim))
+        codes = torch.where(indices[..., None] >= 0, codes, 0)
+        return codes.flatten(-2) if self.heads > 1 else codes
+
+    def _stacked(self, indices: Tensor) -> Tensor:
+        """Indices (..., H) of each head's own codebook to those in all of them one after another; -1 stays."""
+        if not self.separate_codebook_per_head:
+            return indices
+        first = torch.arange(self.heads, device=indices.device) * self.codebook_size
+        return torch.where(indices >= 0, indices + first, -1)
+
+    # ---- losses ------------------------------------------------------------------------------------------------------
+
+    def _error_weights(self, learns: bool) -> tuple[float, float]:
+        """Weights of mean |z - code|^2 in the gradients of the vectors and of the codes."""
+        if self.commitment_use_cross_entropy_loss:
+            return 0.0, 0.0
+        own = self.commitment_weight if self.codebook_weight is None else self.codebook_weight
+        return self.commitment_weight, own if learns else 0.0
+
+    def _losses(self, z: Tensor, codebook: Tensor, result: Quantized, learns: bool) -> tuple[Tensor, LossBreakdown]:
+        none = torch.zeros_like(result.loss)
+        if not self.training:
+            return none, LossBreakdown(none, none)
+        if self.commitment_use_cross_entropy_loss:
+            commitment = self._cross_entropy(z, codebook, result.indices) if self.commitment_weight > 0 else none
+            loss = self.commitment_weight * commitment
+        else:
+            loss, weight = result.loss, sum(self._error_weights(learns))
+            if learns and self.codebook_weight is None:
+                # One term whose gradient reaches both sides: the value counts it once.
+                loss, weight = loss - loss.detach() / 2, weight / 2
+            commitment = loss / weight if weight > 0 else none
+        if self.orthogonal_reg_weight == 0:
+            return loss, LossBreakdown(commitment, none)
+        # A copy: another call before backward may write the codebook.
+        orthogonal = orthogonal_loss(
+            self.codebook.clone(),
+            result.counts > 0 if self.orthogonal_reg_active_codes_only else None,
+            self.orthogonal_reg_max_codes,
+        )
+        return loss + self.orthogonal_reg_weight * orthogonal, LossBreakdown(commitment, orthogonal)
+
+    def _cross_entropy(self, z: Tensor, codebook: Tensor, indices: Tensor) -> Tensor:
+        if indices.shape != z.shape[:-1]:
+            raise ValueError(f"indices: expected shape {tuple(z.shape[:-1])}, got {tuple(indices.shape)}")
+        if self.separate_codebook_per_head:
+            losses = [
+                code_cross_entropy(z[..., head, :], codebook[head], indices[..., head], cosine=self.use_cosine_sim)
+                for head in range(self.heads)
+            ]
+            loss = torch.stack(losses)
+        else:
+            loss = code_cross_entropy(z, codebook, indices, cosine=self.use_cosine_sim)
+        return ordered_sum(loss) / (indices >= 0).sum().clamp(min=1)
+
+    # ---- the codebook ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        """Write the codes of the moving averages to the codebook: what training does by itself at every step, unless
+        `manual_ema_update` leaves it to the caller.
+        """
+        codes = averaged_codes(self.cluster_size, self.embed_avg, self.eps, cosine=self.use_cosine_sim)
+        self.codebook.data.copy_(codes)
+
+    def update_codebook(self) -> None:
+        """One step of the moving averages with all that `accum_ema_update` or `accumulate_codebooks` kept, if anything.
+
+        Every process calls this alike: it is one all-reduce.
+        """
+        if self._pending is not None:
+            packed, self._pending = self._pending, None
+            self._step(packed, None, self.ema_update)
 
     @property
     def usage(self) -> Tensor:
@@ -162,100 +467,144 @@ class VectorQuantize(nn.Module):
 
     @property
     def perplexity(self) -> Tensor:
-        """exp of the entropy of the moving-average counts, 1..K: scalar on the device."""
-        share = self.cluster_size / self.cluster_size.sum().clamp(min=self.eps)
-        return torch.exp(torch.special.entr(share).sum())
-
-    def _channels_last(self, x: Tensor) -> Tensor:
-        channel = 1 if self.channel_first else -1
-        if x.ndim < 2 or (self.accept_image_fmap and x.ndim != 4) or x.shape[channel] != self.dim:
-            if self.accept_image_fmap:
-                layout = f"(B, {self.dim}, H, W)"
-            else:
-                layout = f"(B, {self.dim}, ...)" if self.channel_first else f"(B, ..., {self.dim})"
-            raise ValueError(f"x: expected shape {layout}, got {tuple(x.shape)}")
-        return x.movedim(1, -1) if self.channel_first else x
+        """exp of the entropy of the moving-average counts, 1..K, mean over separate codebooks: scalar on the device."""
+        share = self.cluster_size / self.cluster_size.sum(-1, keepdim=True).clamp(min=self.eps)
+        return torch.exp(torch.special.entr(share).sum(-1)).mean()
 
     @torch.no_grad()
-    def _follow(self, rows: Tensor, indices: Tensor) -> None:
-        """One step of the moving averages. rows: (N, D) in the codebook's dtype; indices: (N,), -1 where masked."""
-        revive = self.threshold_ema_dead_code > 0
-        counts, sums = codebook_stats(rows, indices, self.codebook_size)
-        packed = [counts[:, None], sums, self._random_rows(rows, indices >= 0)] if revive else [counts[:, None], sums]
-        packed = _sum_over_processes(torch.cat(packed, dim=1))
-        counts, sums, candidates = packed[:, 0], packed[:, 1 : 1 + self.dim], packed[:, 1 + self.dim :]
+    def _follow(
+        self,
+        z: Tensor,
+        indices: Tensor,
+        weights: Tensor | None,
+        ema_update_weight: Tensor | Callable[[Tensor, Tensor], Tensor] | None,
+        accumulate: bool,
+    ) -> None:
+        """Statistics of one call, and unless they wait for the next one, a step of the moving averages.
 
-        self.idle.copy_(torch.where(counts > 0, 0, self.idle + 1))
-        self.cluster_size.lerp_(counts.to(self.cluster_size), 1 - self.decay)
-        self.embed_avg.lerp_(sums.to(self.embed_avg), 1 - self.decay)
-        if not self.learnable_codebook:
-            total = self.cluster_size.sum()
-            smoothed = (self.cluster_size + self.eps) / (total + self.codebook_size * self.eps) * total
-            self.codebook.copy_(self.embed_avg / smoothed[:, None])
-        if revive:
-            self._revive(candidates)
-
-    def _random_rows(self, rows: Tensor, counted: Tensor | None) -> Tensor:
-        """K different rows of this batch, each with a 1 after it; 0 where the batch, or this process, gives none.
-
-        rows: (N, D); counted: (N,) bool, which of them may be taken, or None for all.
-
-        (K, D + 1). Processes take turns: summed over them, every place holds one row of one process.
+        z: (..., d); indices: (...), -1 where masked; both with H where there are heads. weights: (...) without H.
         """
-        offered = rows.new_zeros(self.codebook_size, self.dim + 1)
-        chance = torch.rand(len(rows), device=rows.device)
-        if counted is not None:
-            chance = torch.where(counted, chance, 2.0)
-        chosen = chance.argsort()[: self.codebook_size]
-        given = 1.0 if counted is None else counted[chosen].to(rows.dtype)
-        offered[: len(chosen), -1] = given
-        offered[: len(chosen), :-1] = torch.where(offered[: len(chosen), -1:] > 0, rows[chosen], 0)
-        if _world() > 1:
-            turn = torch.arange(self.codebook_size, device=rows.device) % _world() == dist.get_rank()
-            offered = torch.where(turn[:, None], offered, 0)
-        return offered
+        if not self.ema_update and self.threshold_ema_dead_code == 0 and not self.learnable_codebook:
+            return
+        if weights is not None:
+            weights = self._per_head(weights)
+        packed = packed_stats(z, self._stacked(indices), self.cluster_size.numel(), weights=weights, sync=False)
+        if self.threshold_ema_dead_code > 0:
+            rows, counted = self._by_codebook(z), self._by_codebook((indices >= 0)[..., None])[..., 0]
+            candidates = random_vectors(rows, self.codebook_size, mask=counted, sync=self.sync_codebook)
+            packed = torch.cat([packed, candidates.flatten(0, -2).to(packed)], dim=1)
+        if self._pending is not None:
+            # Statistics add up; of the candidates for revival the newest are as good as any.
+            packed[:, : 1 + self.codebook_dim] += self._pending[:, : 1 + self.codebook_dim]
+        if accumulate or self.accumulating:
+            self._pending = packed
+            return
+        self._pending = None
+        self._step(packed, ema_update_weight, self.ema_update and not self.manual_ema_update)
+
+    @torch.no_grad()
+    def _step(
+        self,
+        packed: Tensor,
+        ema_update_weight: Tensor | Callable[[Tensor, Tensor], Tensor] | None,
+        writes: bool,
+    ) -> None:
+        """Sum over processes, move the averages and, where it writes, the codebook, revive.
+
+        packed: (K, 1 + d) counts and sums, and candidates for revival (K, d + 1) beside them where codes may die.
+        """
+        packed = sum_over_processes(packed, self.sync_codebook).view(*self.cluster_size.shape, -1)
+        counts, sums = packed[..., 0].to(self.cluster_size), packed[..., 1 : 1 + self.codebook_dim].to(self.embed_avg)
+        self.idle.copy_(torch.where(counts > 0, 0, self.idle + 1))
+        if callable(ema_update_weight):
+            ema_update_weight = ema_update_weight(sums, counts)
+        if ema_update_weight is None:
+            self.cluster_size.lerp_(counts, 1 - self.decay)
+            self.embed_avg.lerp_(sums, 1 - self.decay)
+        else:
+            share = ((1 - self.decay) * ema_update_weight).to(self.cluster_size).expand_as(self.cluster_size)
+            self.cluster_size.lerp_(counts, share)
+            self.embed_avg.lerp_(sums, share[..., None])
+        if writes:
+            self.update_ema()
+        if self.threshold_ema_dead_code > 0:
+            self._revive(packed[..., 1 + self.codebook_dim :])
 
     def _revive(self, candidates: Tensor) -> None:
-        """Give each dead code a candidate of its own, as far as they go. candidates: (K, D + 1)."""
-        dead = self.cluster_size < self.threshold_ema_dead_code
-        place = (dead.cumsum(0) - 1).clamp(min=0)
-        candidates = candidates[place]
-        dead = dead & (candidates[:, -1] > 0)
-        codes, size = candidates[:, :-1], self.threshold_ema_dead_code
-        self.codebook.data.copy_(torch.where(dead[:, None], codes.to(self.codebook), self.codebook))
+        """Replace dead codes and all that is kept of them. candidates: (..., K, d + 1)."""
+        size = self.threshold_ema_dead_code
+        dead, codes = revived(self.cluster_size < size, candidates.to(self.embed_avg))
+        self.codebook.data.copy_(torch.where(dead[..., None], codes, self.codebook))
         self.cluster_size.masked_fill_(dead, size)
-        self.embed_avg.copy_(torch.where(dead[:, None], codes * size, self.embed_avg))
+        self.embed_avg.copy_(torch.where(dead[..., None], codes * size, self.embed_avg))
 
     @torch.no_grad()
-    def _start_from_kmeans(self, rows: Tensor, counted: Tensor | None) -> None:
-        """Lloyd's algorithm from random rows; a cluster that loses all its vectors keeps its centre."""
-        seeds = _sum_over_processes(self._random_rows(rows, counted))
-        centres = torch.where(seeds[:, -1:] > 0, seeds[:, :-1], self.codebook)
-        counts = torch.zeros_like(self.cluster_size)
-        for _ in range(self.kmeans_iters):
-            nearest = nearest_code(rows, centres)
-            if counted is not None:
-                nearest = torch.where(counted, nearest, -1)
-            counts, sums = codebook_stats(rows, nearest, self.codebook_size)
-            packed = _sum_over_processes(torch.cat([counts[:, None], sums], dim=1)).to(centres)
-            counts, sums = packed[:, 0], packed[:, 1:]
-            centres = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), centres)
-        self.codebook.data.copy_(centres)
-        self.cluster_size.copy_(counts.clamp(min=1))
-        self.embed_avg.copy_(centres * self.cluster_size[:, None])
+    def _start_from_kmeans(self, z: Tensor, counted: Tensor | None) -> None:
+        """Start the codebooks from k-means. z: (..., d); counted: (...) bool, or None for all."""
+        kept = self.codebook.data.view(-1, self.codebook_size, self.codebook_dim)
+        rows = self._by_codebook(z).view(len(kept), -1, self.codebook_dim)
+        masks = [None] * len(kept)
+        if counted is not None:
+            masks = self._by_codebook(counted[..., None]).view(len(kept), -1).unbind()
+        started = []
+        for codes, own, mask in zip(kept, rows, masks, strict=True):
+            start: str | Tensor = self.kmeans_start
+            if start == "random":
+                # With fewer vectors than codes the rest stay what they are; the peer repeats vectors.
+                drawn = random_vectors(own, self.codebook_size, mask=mask, sync=self.sync_kmeans)
+                drawn = sum_over_processes(drawn, self.sync_kmeans)
+                start = torch.where(drawn[:, -1:] > 0, drawn[:, :-1], codes)
+            started.append(
+                kmeans(
+                    own,
+                    self.codebook_size,
+                    start=start,
+                    iters=self.kmeans_iters,
+                    mask=mask,
+                    cosine=self.use_cosine_sim,
+                    sync=self.sync_kmeans,
+                )
+            )
+        self.codebook.data.copy_(torch.stack([result.centres for result in started]).view_as(self.codebook))
+        counts = torch.stack([result.counts for result in started])
+        self.cluster_size.copy_(counts.view_as(self.cluster_size).clamp(min=1))
+        self.embed_avg.copy_(self.codebook * self.cluster_size[..., None])
         self.initialised.fill_(True)
         self._initialised = True
 
+    def _by_codebook(self, values: Tensor) -> Tensor:
+        """(..., d), or (..., H, d), to the vectors of each codebook: (N, d), or (H, N, d) for separate ones."""
+        if self.separate_codebook_per_head:
+            return values.flatten(0, -3).movedim(1, 0)
+        return values.flatten(0, -2)
+
     def extra_repr(self) -> str:
         learned = "learnable" if self.learnable_codebook else f"decay={self.decay}"
-        return f"dim={self.dim}, codebook_size={self.codebook_size}, {learned}"
+        heads = f"heads={self.heads}, " if self.heads > 1 else ""
+        return f"dim={self.dim}, codebook_size={self.codebook_size}, {heads}{learned}"
 
 
-def _world() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+@contextmanager
+def accumulate_codebooks(model: nn.Module) -> Iterator[None]:
+    """One step of every codebook's moving averages for all training passes within, at the end: gradient accumulation.
 
+    Statistics of the passes add up in one packed [K, D + 1] buffer a codebook; leaving the context is one all-reduce
+    each, so every process enters and leaves alike. Nothing moves where the body raises.
 
-def _sum_over_processes(values: Tensor) -> Tensor:
-    if _world() > 1:
-        dist.all_reduce(values)
-    return values
+    Args:
+        model: any module; its VectorQuantize, wherever they are.
+    """
+    quantizers = [module for module in model.modules() if isinstance(module, VectorQuantize)]
+    for quantizer in quantizers:
+        quantizer.accumulating = True
+    try:
+        yield
+    except BaseException:
+        for quantizer in quantizers:
+            quantizer._pending = None
+        raise
+    finally:
+        for quantizer in quantizers:
+            quantizer.accumulating = False
+    for quantizer in quantizers:
+        quantizer.update_codebook()

@@ -118,6 +118,7 @@ def quantize(
     codebook_weight: float = 1.0,
     estimator: str = "ste",
     mask: Tensor | None = None,
+    indices: Tensor | None = None,
 ) -> Quantized:
     """Replace each vector by its nearest code, with the losses and the gradient of a VQ-VAE.
 
@@ -135,18 +136,23 @@ def quantize(
             chosen, as that of an embedding.
         mask: (...) bool, True where a vector counts. Elsewhere the index is -1 and the output zero; there is no
             loss, no count and no gradient.
+        indices: (...) int64, the code of each vector where that is not to be the nearest.
 
     Returns:
         Quantized(quantized, indices, loss, counts), with a property `perplexity`.
 
     Raises:
-        TypeError: not float tensors, or of two dtypes; a mask that is not bool.
-        ValueError: ranks, D, mask shape or devices that do not fit, an empty codebook, an unknown estimator.
+        TypeError: not float tensors, or of two dtypes; a mask that is not bool, indices that are not int64.
+        ValueError: ranks, D, shapes or devices that do not fit, an empty codebook, an unknown estimator.
     """
     check_codebook(x, codebook)
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator: expected one of {', '.join(ESTIMATORS)}, got {estimator!r}")
-    indices = _nearest(x.detach(), codebook.detach())
+    if indices is None:
+        indices = _nearest(x.detach(), codebook.detach())
+    else:
+        check_int64("indices", indices, x.shape[:-1], "(...) of x")
+        check_device("x", x, indices=indices)
     elements = max(x.numel(), 1)
     if mask is not None:
         check_mask(mask, x)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import vqfast.nn
+from tests.nn import test_residual_vq, test_vector_quantize
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "from-vector-quantize-pytorch.md"
 CLASSES = ["VectorQuantize", "ResidualVQ", "GroupedResidualVQ", "FSQ", "LFQ", "SimVQ"]
@@ -46,6 +47,15 @@ def test_what_is_said_to_be_offered_is(name):
         if option in ("forward(z)", "heads"):  # renamed to x; checked and refused by ResidualVQ
             continue
         assert (option in ours) == (status != "not offered"), f"{option}: {status}"
+
+
+@pytest.mark.parametrize(
+    ("name", "tests"), [("VectorQuantize", test_vector_quantize), ("ResidualVQ", test_residual_vq)]
+)
+def test_what_is_said_to_be_the_same_is_trained_side_by_side(name, tests):
+    said = {option for option, status in listed(name).items() if status == "same" and not option.startswith("forward")}
+    tried = set(tests.SIZES).union(*tests.SHARED_OPTIONS) | {"return_zeros_for_masked_padding"}
+    assert said <= tried
 
 
 def test_classes_said_to_be_missing_are():

@@ -13,9 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqfast.nn import VectorQuantize
+from vqfast.nn import VectorQuantize, accumulate_codebooks
 from vqfast.nn.codebook import afkmc2, kmeans
-from vqfast.nn.vector_quantize import accumulate_codebooks
 
 HEADS = dict(heads=2, codebook_dim=4, separate_codebook_per_head=True)
 MOVED = {

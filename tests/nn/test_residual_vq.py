@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vqfast.nn import GroupedResidualVQ, ResidualVQ, VectorQuantize
+from vqfast.nn import GroupedResidualVQ, ResidualVQ, VectorQuantize, accumulate_codebooks
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)
 SIZES = dict(dim=6, num_quantizers=4, codebook_size=16)
@@ -25,6 +25,8 @@ def with_codes(vq):
     for module in vq.modules():
         if isinstance(module, VectorQuantize):
             codes = torch.randn(module.codebook.shape)
+            if module.use_cosine_sim:
+                codes = torch.nn.functional.normalize(codes, dim=-1)
             module.load_state_dict({"codebook": codes, "embed_avg": codes}, strict=False)
     return vq
 
@@ -37,7 +39,7 @@ def peer_of(vq, name, options):
     for ours, theirs in pairs:
         for mine, layer in zip(ours.layers, theirs.layers, strict=False):
             for buffer in ("embed", "embed_avg"):
-                getattr(layer._codebook, buffer).copy_(mine.codebook[None])
+                getattr(layer._codebook, buffer).data.copy_(mine.codebook[None])
         for projection in ("project_in", "project_out"):
             getattr(theirs, projection).load_state_dict(getattr(ours, projection).state_dict())
     return peer, pairs
@@ -66,27 +68,44 @@ def train_side_by_side(ours, peer, pairs, shape, calls):
             for layer, peer_layer in zip(rvq.layers, peer_rvq.layers, strict=False):
                 theirs = peer_layer._codebook
                 torch.testing.assert_close(layer.codebook, theirs.embed[0], **CLOSE)
+                if layer.learnable_codebook:
+                    continue  # ours keep count of usage
                 torch.testing.assert_close(layer.cluster_size, theirs.cluster_size[0], **CLOSE)
                 torch.testing.assert_close(layer.embed_avg, theirs.embed_avg[0], **CLOSE)
 
 
-@pytest.mark.parametrize("masked", [False, True])
+SHARED_OPTIONS = [
+    dict(),
+    dict(decay=0.95, eps=1e-3, commitment_weight=0.3),
+    dict(codebook_size=(8, 16, 24, 32), num_quantizers=None),
+    dict(codebook_dim=4),
+    dict(shared_codebook=True),
+    dict(shared_codebook=True, codebook_dim=3, quantize_dropout=True),
+    dict(quant_grad_frac=0.5),
+    dict(quantize_dropout=True),
+    dict(quantize_dropout=True, quantize_dropout_cutoff_index=1, quantize_dropout_multiple_of=2),
+    dict(rotation_trick=True),
+    dict(freeze_codebook=True),
+    dict(num_quantizers=1, quantize_dropout=True),
+    dict(use_cosine_sim=True),
+    dict(use_cosine_sim=True, shared_codebook=True),
+    dict(learnable_codebook=True, ema_update=False, quant_grad_frac=0.5),
+    dict(learnable_codebook=True, ema_update=False, shared_codebook=True),
+    dict(orthogonal_reg_weight=0.3, orthogonal_reg_active_codes_only=True),
+    dict(commitment_use_cross_entropy_loss=True, freeze_codebook=True),
+    dict(stochastic_sample_codes=True, sample_codebook_temp=0.0),
+    dict(return_zeros_for_masked_padding=False),
+    dict(return_zeros_for_masked_padding=False, codebook_dim=4),
+]
+# Under a mask the peer compares unit codes with vectors of any length, and regularises codes of masked vectors.
+MASKED_OPTIONS = [
+    options for options in SHARED_OPTIONS if not options.keys() & {"use_cosine_sim", "orthogonal_reg_active_codes_only"}
+]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        dict(),
-        dict(decay=0.95, eps=1e-3, commitment_weight=0.3),
-        dict(codebook_size=(8, 16, 24, 32), num_quantizers=None),
-        dict(codebook_dim=4),
-        dict(shared_codebook=True),
-        dict(shared_codebook=True, codebook_dim=3, quantize_dropout=True),
-        dict(quant_grad_frac=0.5),
-        dict(quantize_dropout=True),
-        dict(quantize_dropout=True, quantize_dropout_cutoff_index=1, quantize_dropout_multiple_of=2),
-        dict(rotation_trick=True),
-        dict(freeze_codebook=True),
-        dict(num_quantizers=1, quantize_dropout=True),
-    ],
+    ("options", "masked"),
+    [(options, False) for options in SHARED_OPTIONS] + [(options, True) for options in MASKED_OPTIONS],
 )
 def test_trains_side_by_side_with_vector_quantize_pytorch(options, masked):
     options = SIZES | options
@@ -361,3 +380,35 @@ def test_what_does_not_fit_is_named():
         groups(torch.randn(2, 5, 8))
     with pytest.raises(ValueError, match=r"indices: expected 2 groups first, got shape \(3, 5, 4\)"):
         groups.get_codes_from_indices(torch.zeros(3, 5, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_stages_accumulate_until_the_end_of_the_step(shared):
+    joined = with_codes(ResidualVQ(**SIZES, shared_codebook=shared, decay=0.5))
+    parts, once = (ResidualVQ(**SIZES, shared_codebook=shared, decay=0.5) for _ in range(2))
+    for other in (parts, once):
+        other.load_state_dict(joined.state_dict())
+    x = torch.randn(6, 20, 6)
+    with accumulate_codebooks(parts):
+        for part in x.split(2):
+            parts(part)
+            assert torch.equal(parts.codebooks, joined.codebooks)
+    with accumulate_codebooks(once):
+        once(x)
+    torch.testing.assert_close(parts.codebooks, once.codebooks)
+    joined(x)
+    if shared:  # one step of the averages for all stages, where a call by itself takes one a stage
+        assert not torch.allclose(parts.codebooks, joined.codebooks)
+    else:
+        torch.testing.assert_close(parts.codebooks, joined.codebooks)
+
+
+def test_weights_and_temperature_reach_every_stage():
+    vq = with_codes(ResidualVQ(**SIZES, stochastic_sample_codes=True))
+    x, before = torch.randn(50, 6), vq.codebooks.clone()
+    nearest = vq(x, sample_codebook_temp=0.0, freeze_codebook=True)[1]
+    assert all((vq(x, freeze_codebook=True)[1] != nearest).any(0))
+    vq(x, weights=torch.zeros(50))
+    for layer in vq.layers:
+        torch.testing.assert_close(layer.cluster_size, torch.full((16,), 0.8))
+    torch.testing.assert_close(vq.codebooks, before, rtol=1e-4, atol=1e-4)

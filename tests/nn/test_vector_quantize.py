@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from vqfast.nn import VectorQuantize
-from vqfast.nn.vector_quantize import accumulate_codebooks
+from vqfast.nn import VectorQuantize, accumulate_codebooks
 
 
 @pytest.fixture(autouse=True)
@@ -13,7 +12,7 @@ def _seed():
 
 
 CLOSE = dict(rtol=1e-5, atol=1e-5)
-BASE = dict(dim=8, codebook_size=32)
+SIZES = dict(dim=8, codebook_size=32)
 
 
 def codes_like(codebook: torch.Tensor, cosine: bool) -> torch.Tensor:
@@ -24,8 +23,8 @@ def codes_like(codebook: torch.Tensor, cosine: bool) -> torch.Tensor:
 def pair(options: dict) -> tuple[VectorQuantize, torch.nn.Module]:
     """Ours and the peer's, which rotates gradients unless told not to, with the same codes and projections."""
     library = pytest.importorskip("vector_quantize_pytorch", reason="vector-quantize-pytorch is not installed")
-    ours = VectorQuantize(**BASE | options)
-    peer = library.VectorQuantize(**{"rotation_trick": False} | BASE | options)
+    ours = VectorQuantize(**SIZES | options)
+    peer = library.VectorQuantize(**{"rotation_trick": False} | SIZES | options)
     codes = codes_like(ours.codebook, ours.use_cosine_sim)
     ours.load_state_dict({"codebook": codes, "embed_avg": codes}, strict=False)
     for buffer in (peer._codebook.embed, peer._codebook.embed_avg):
@@ -467,7 +466,7 @@ class TestHeads:
 class TestAccumulation:
     @pytest.mark.parametrize("options", [dict(), HEADS, dict(use_cosine_sim=True), dict(threshold_ema_dead_code=0.1)])
     def test_passes_count_as_one_batch(self, options):
-        joined, parts = (VectorQuantize(**BASE, **options) for _ in range(2))
+        joined, parts = (VectorQuantize(**SIZES, **options) for _ in range(2))
         joined.codebook.copy_(codes_like(joined.codebook, joined.use_cosine_sim))
         joined.embed_avg.copy_(joined.codebook)
         parts.load_state_dict(joined.state_dict())
@@ -546,7 +545,7 @@ class TestSampling:
         assert ((counts[0] - counts[1]) ** 2 / (counts[0] + counts[1])).sum() < 30
 
     def test_only_in_training_and_above_temperature_zero(self):
-        vq = VectorQuantize(**BASE, stochastic_sample_codes=True, sample_codebook_temp=100.0)
+        vq = VectorQuantize(**SIZES, stochastic_sample_codes=True, sample_codebook_temp=100.0)
         vq.codebook.normal_()
         x = torch.randn(50, 8)
         nearest = torch.cdist(x, vq.codebook).argmin(1)

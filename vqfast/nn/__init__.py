@@ -4,6 +4,6 @@ from vqfast.nn.fsq import FSQ
 from vqfast.nn.lfq import LFQ
 from vqfast.nn.residual_vq import GroupedResidualVQ, ResidualVQ
 from vqfast.nn.sim_vq import SimVQ
-from vqfast.nn.vector_quantize import VectorQuantize
+from vqfast.nn.vector_quantize import VectorQuantize, accumulate_codebooks
 
-__all__ = ["FSQ", "LFQ", "GroupedResidualVQ", "ResidualVQ", "SimVQ", "VectorQuantize"]
+__all__ = ["FSQ", "LFQ", "GroupedResidualVQ", "ResidualVQ", "SimVQ", "VectorQuantize", "accumulate_codebooks"]

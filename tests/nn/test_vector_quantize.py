@@ -614,3 +614,33 @@ def test_compiles_without_a_graph_break():
     x = torch.randn(2, 5, 8)
     for mine, expected in zip(torch.compile(vq, fullgraph=True, backend="aot_eager")(x), vq(x), strict=True):
         torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(use_cosine_sim=True, commitment_use_cross_entropy_loss=True),
+        dict(orthogonal_reg_weight=10.0, stochastic_sample_codes=True),
+        dict(use_cosine_sim=True, stochastic_sample_codes=True),
+        dict(kmeans_init=True),
+    ],
+)
+def test_autocast_does_not_reach_the_quantisation(options):
+    vq, x = VectorQuantize(**SIZES, **options), torch.randn(3, 30, 8)
+    start, results = {name: value.clone() for name, value in vq.state_dict().items()}, []
+    for enabled in (False, True):
+        vq.load_state_dict(start)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", enabled=enabled):
+            results.append((*vq(x), vq.codebook.clone()))
+    for without, within in zip(*results, strict=True):
+        assert torch.equal(without, within)
+
+
+def test_low_precision_input_meets_float32_projections():
+    vq = VectorQuantize(8, 16, codebook_dim=4, heads=3, layernorm_after_project_in=True)
+    x = torch.randn(3, 20, 8, dtype=torch.bfloat16, requires_grad=True)
+    quantized, _, loss = vq(x, mask=torch.rand(3, 20) < 0.5)
+    (quantized.float().sum() + loss).backward()
+    assert quantized.dtype == x.grad.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert torch.equal(vq.eval()(x)[1], vq(x.float())[1])

@@ -271,28 +271,24 @@ class VectorQuantize(nn.Module):
         follow = self.training and not frozen
         z = self._project(vectors)  # (B, ..., d), or (B, ..., H, d)
         counted = None if mask is None else self._per_head(mask)
-        if follow and not self._initialised:
-            self._start_from_kmeans(z.detach(), counted)
-        learns = self.learnable_codebook and not frozen
-        codebook = self.codebook if learns else self.codebook.detach()
-        if follow:  # backward reads the codes that were looked up, and the update below writes in place
-            codebook = codebook.clone()
         temperature = self.sample_codebook_temp if sample_codebook_temp is None else sample_codebook_temp
-        result = self._quantize(z, codebook, counted, temperature, learns)
-        if follow:
-            self._follow(z.detach(), result.indices, weights, ema_update_weight, accum_ema_update)
-
-        quantized = result.quantized.flatten(-2) if self.heads > 1 else result.quantized
-        if self.has_projections:
-            quantized = self.project_out(quantized)
-        quantized = quantized.to(x.dtype)
-        if mask is not None and (self.has_projections or not self.return_zeros_for_masked_padding):
-            quantized = torch.where(mask[..., None], quantized, 0 if self.return_zeros_for_masked_padding else vectors)
-        if self.channel_first:
-            quantized = quantized.movedim(-1, 1)
+        learns = self.learnable_codebook and not frozen
+        with torch.autocast(x.device.type, enabled=False):
+            if follow and not self._initialised:
+                self._start_from_kmeans(z.detach(), counted)
+            codebook = self.codebook if learns else self.codebook.detach()
+            if follow:  # backward reads the codes that were looked up, and the update below writes in place
+                codebook = codebook.clone()
+            result = self._quantize(z, codebook, counted, temperature, learns)
+            if follow:
+                self._follow(z.detach(), result.indices, weights, ema_update_weight, accum_ema_update)
+            if indices is None:
+                loss, parts = self._losses(z, codebook, result, learns)
+            else:
+                loss = self._cross_entropy(z, codebook, indices)
+        quantized = self._output(result.quantized, vectors, mask)
         if indices is not None:
-            return quantized, self._cross_entropy(z, codebook, indices)
-        loss, parts = self._losses(z, codebook, result, learns)
+            return quantized, loss
         return (quantized, result.indices, loss, parts) if return_loss_breakdown else (quantized, result.indices, loss)
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
@@ -342,6 +338,16 @@ class VectorQuantize(nn.Module):
         if self.heads > 1:
             z = z.unflatten(-1, (self.heads, self.codebook_dim))
         return F.normalize(z, dim=-1, eps=1e-6) if self.use_cosine_sim else z
+
+    def _output(self, codes: Tensor, vectors: Tensor, mask: Tensor | None) -> Tensor:
+        """Codes (B, ..., d) or (B, ..., H, d) to the channels, layout and dtype of the input (B, ..., D)."""
+        output = codes.flatten(-2) if self.heads > 1 else codes
+        if self.has_projections:
+            output = self.project_out(output)
+        output = output.to(vectors.dtype)
+        if mask is not None and (self.has_projections or not self.return_zeros_for_masked_padding):
+            output = torch.where(mask[..., None], output, 0 if self.return_zeros_for_masked_padding else vectors)
+        return output.movedim(-1, 1) if self.channel_first else output
 
     def _per_head(self, values: Tensor) -> Tensor:
         """(B, ...) to (B, ..., H), or as it is with one head."""

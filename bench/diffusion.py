@@ -14,11 +14,7 @@ from torch import Tensor
 import vqfast
 from bench.backends import vqfast_backends
 from bench.case import PEER, VQFAST, YARDSTICK, Case, Contender, Run, Verdict, judge_values, relative_error
-from vqfast.kernels.diffusion_loss.reference import (
-    uniform_diffusion_loss,
-    uniform_diffusion_loss_grad,
-    uniform_posterior,
-)
+from vqfast.kernels.diffusion_loss import reference
 from vqfast.kernels.diffusion_loss.spec import noised
 from vqfast.kernels.spec import generator
 from vqfast.kernels.specs import DIFFUSION_LOSS, P_SAMPLE, Q_SAMPLE
@@ -38,12 +34,13 @@ class DiffusionProblem:
 
     def __init__(self, shape: Mapping[str, Any], dtype: torch.dtype, device: str, seed: int):
         self.K, self.shape = shape["K"], shape
-        self.x0, self.x_t, self.t, self.s, self.alpha_bar = noised(shape, device, seed)
+        self.x0, self.x_t, self.t, self.s, self.levels, _ = noised(shape, device, seed)
+        self.alpha_bar = self.levels[:, 0]
         logits = torch.randn(*self.x0.shape, self.K, generator=generator(device, seed + 1), device=device) * 2
         self.logits = logits.to(dtype)
         self.channels = self.logits.transpose(1, 2).contiguous()
         self.transition = Uniform(self.K, self.alpha_bar)
-        self.transition.alpha_bar_on(self.x0.device)
+        self.transition.tables_on(self.x0.device)
 
 
 # ---- the eager form --------------------------------------------------------------------------------------------------
@@ -144,10 +141,8 @@ def _cross_entropy(p: DiffusionProblem) -> Run:
 def _exact_loss(p: DiffusionProblem) -> tuple[Tensor, Tensor]:
     """Mean loss and its gradient in float64."""
     B, L = p.x0.shape
-    scale = torch.full((B,), 1 / (B * L), dtype=torch.float64, device=p.x0.device)
-    args = (p.logits.double(), p.x0, p.x_t, p.t, p.s, p.alpha_bar)
-    grad = uniform_diffusion_loss_grad(*args, 0.0) * scale[:, None, None]
-    return uniform_diffusion_loss(*args, 0.0).mean(), grad
+    args = (p.logits.double(), p.x0, p.x_t, p.t, p.s, p.levels, None, False, 0.0)
+    return reference.diffusion_loss(*args).mean(), reference.diffusion_loss_grad(*args) / (B * L)
 
 
 def _judge_loss(contender: Contender, run: Run, p: DiffusionProblem) -> Verdict:
@@ -164,7 +159,7 @@ def _judge_loss(contender: Contender, run: Run, p: DiffusionProblem) -> Verdict:
 def diffusion_loss_case(shape: Mapping[str, Any], dtype: torch.dtype, device: str) -> Case:
     version = torch.__version__
     compiled = torch.compile(eager_loss, dynamic=False)
-    ops = ("uniform_diffusion_loss", "scale_rows_")
+    ops = ("diffusion_loss", "scale_rows_")
     few = shape["B"] * shape["L"] * shape["K"] <= _REFERENCE_ELEMENTS
     contenders = vqfast_backends(device, ops, _vqfast_loss, reference=few or device != "cpu") + [
         Contender("torch log one-hot", PEER, lambda p: _eager_loss(p, eager_loss), version),
@@ -232,7 +227,7 @@ def _eager_p_sample(p: DiffusionProblem, sample) -> Run:
 
 
 def _judge_p_sample(contender: Contender, run: Run, p: DiffusionProblem) -> Verdict:
-    log_p = uniform_posterior(p.logits.double().log_softmax(-1), p.x_t, p.t, p.s, p.alpha_bar)
+    log_p = reference.posterior(p.logits.double(), p.x_t, p.t, p.s, p.levels, None, False)
     verdict = judge_draws(log_p, run.call(), p.x_t)
     # A draw within rounding of the boundary between two codes may fall on either side.
     allowed = 1 + p.x0.numel() // 1000
@@ -242,7 +237,7 @@ def _judge_p_sample(contender: Contender, run: Run, p: DiffusionProblem) -> Verd
 def p_sample_case(shape: Mapping[str, Any], dtype: torch.dtype, device: str) -> Case:
     version = torch.__version__
     compiled = torch.compile(eager_p_sample, dynamic=False)
-    contenders = vqfast_backends(device, ("uniform_p_sample",), _vqfast_p_sample) + [
+    contenders = vqfast_backends(device, ("p_sample",), _vqfast_p_sample) + [
         Contender("torch log one-hot, Gumbel", PEER, lambda p: _eager_p_sample(p, eager_p_sample), version),
         Contender(
             "torch.compile(log one-hot, Gumbel)", PEER, lambda p: _eager_p_sample(p, compiled), version, compiled=True
@@ -265,7 +260,8 @@ class NoiseProblem:
     """Codes x0 (B, L) and levels t (B,)."""
 
     def __init__(self, shape: Mapping[str, Any], device: str, seed: int):
-        self.x0, self.t, self.alpha_bar, self.K, _ = Q_SAMPLE.inputs(shape, torch.int64, device, seed)
+        self.x0, self.t, levels, _, self.K, _ = Q_SAMPLE.inputs(shape, torch.int64, device, seed)
+        self.alpha_bar = levels[:, 0]
         self.transition = Uniform(self.K, self.alpha_bar)
 
 
@@ -294,7 +290,7 @@ def _judge_q_sample(contender: Contender, run: Run, p: NoiseProblem) -> Verdict:
 
 def q_sample_case(shape: Mapping[str, Any], dtype: torch.dtype, device: str) -> Case:
     version = torch.__version__
-    contenders = vqfast_backends(device, ("uniform_q_sample",), _vqfast_q_sample) + [
+    contenders = vqfast_backends(device, ("q_sample",), _vqfast_q_sample) + [
         Contender("torch log one-hot, Gumbel", PEER, _eager_q_sample, version),
         Contender("torch rand, randint, where", PEER, _replace_q_sample, version),
     ]

@@ -92,21 +92,27 @@ void codebook_stats(int dtype, const py::tuple &x, int64_t D, uintptr_t indices,
                                    pointer<void>(scratch), device, pointer<void>(stream)));
 }
 
-void uniform_q_sample(uintptr_t x0, uintptr_t t, uintptr_t alpha_bar, int64_t T, int64_t B, int64_t L, int64_t K,
-                      uintptr_t key, uintptr_t x_t, int device, uintptr_t stream) {
-  check(vqfast_cuda_uniform_q_sample(pointer<const int64_t>(x0), pointer<const int64_t>(t),
-                                     pointer<const double>(alpha_bar), T, B, L, K, pointer<const int64_t>(key),
-                                     pointer<int64_t>(x_t), device, pointer<void>(stream)));
+// A family's tables: address of the levels, T, columns, address of the noise or 0.
+vqfast_levels levels_of(const py::tuple &tables) {
+  return {pointer<const double>(tables[0].cast<uintptr_t>()), tables[1].cast<int64_t>(), tables[2].cast<int64_t>(),
+          pointer<const double>(tables[3].cast<uintptr_t>())};
 }
 
-void uniform_diffusion_loss(int dtype, uintptr_t logits, uintptr_t x0, uintptr_t x_t, uintptr_t t, uintptr_t s,
-                            uintptr_t alpha_bar, int64_t T, int64_t B, int64_t L, int64_t K, uintptr_t scale,
-                            double aux_weight, uintptr_t loss, uintptr_t grad, int device, uintptr_t stream) {
-  check(vqfast_cuda_uniform_diffusion_loss(
-      (vqfast_dtype)dtype, pointer<const void>(logits), pointer<const int64_t>(x0), pointer<const int64_t>(x_t),
-      pointer<const int64_t>(t), pointer<const int64_t>(s), pointer<const double>(alpha_bar), T, B, L, K,
-      pointer<const double>(scale), aux_weight, pointer<void>(loss), pointer<void>(grad), device,
-      pointer<void>(stream)));
+void q_sample(uintptr_t x0, uintptr_t t, const py::tuple &tables, int64_t B, int64_t L, int64_t K, uintptr_t key,
+              uintptr_t x_t, int device, uintptr_t stream) {
+  const vqfast_levels levels = levels_of(tables);
+  check(vqfast_cuda_q_sample(pointer<const int64_t>(x0), pointer<const int64_t>(t), levels, B, L, K,
+                            pointer<const int64_t>(key), pointer<int64_t>(x_t), device, pointer<void>(stream)));
+}
+
+void diffusion_loss(int dtype, uintptr_t logits, uintptr_t x0, uintptr_t x_t, uintptr_t t, uintptr_t s,
+                    const py::tuple &tables, int64_t B, int64_t L, int64_t K, uintptr_t scale, bool marginal,
+                    double aux_weight, uintptr_t loss, uintptr_t grad, int device, uintptr_t stream) {
+  const vqfast_levels levels = levels_of(tables);
+  check(vqfast_cuda_diffusion_loss((vqfast_dtype)dtype, pointer<const void>(logits), pointer<const int64_t>(x0),
+                                  pointer<const int64_t>(x_t), pointer<const int64_t>(t), pointer<const int64_t>(s),
+                                  levels, B, L, K, pointer<const double>(scale), marginal, aux_weight,
+                                  pointer<void>(loss), pointer<void>(grad), device, pointer<void>(stream)));
 }
 
 void scale_rows(int dtype, uintptr_t rows, int64_t R, int64_t K, uintptr_t scale, int64_t stride, int device,
@@ -115,14 +121,14 @@ void scale_rows(int dtype, uintptr_t rows, int64_t R, int64_t K, uintptr_t scale
                                device, pointer<void>(stream)));
 }
 
-void uniform_p_sample(int dtype, uintptr_t logits, uintptr_t x_t, uintptr_t t, uintptr_t s, uintptr_t alpha_bar,
-                      int64_t T, int64_t B, int64_t L, int64_t K, uintptr_t known, double temperature, uintptr_t key,
-                      uintptr_t x_s, int device, uintptr_t stream) {
-  check(vqfast_cuda_uniform_p_sample((vqfast_dtype)dtype, pointer<const void>(logits), pointer<const int64_t>(x_t),
-                                     pointer<const int64_t>(t), pointer<const int64_t>(s),
-                                     pointer<const double>(alpha_bar), T, B, L, K, pointer<const int64_t>(known),
-                                     temperature, pointer<const int64_t>(key), pointer<int64_t>(x_s), device,
-                                     pointer<void>(stream)));
+void p_sample(int dtype, uintptr_t logits, uintptr_t unconditional, uintptr_t x_t, uintptr_t t, uintptr_t s,
+              const py::tuple &tables, int64_t B, int64_t L, int64_t K, uintptr_t known, bool marginal,
+              double temperature, double guidance, int64_t top_k, double top_p, uintptr_t key, uintptr_t x_s, int device, uintptr_t stream) {
+  const vqfast_levels levels = levels_of(tables);
+  check(vqfast_cuda_p_sample((vqfast_dtype)dtype, pointer<const void>(logits), pointer<const void>(unconditional),
+                            pointer<const int64_t>(x_t), pointer<const int64_t>(t), pointer<const int64_t>(s), levels,
+                            B, L, K, pointer<const int64_t>(known), marginal, temperature, guidance, top_k, top_p,
+                            pointer<const int64_t>(key), pointer<int64_t>(x_s), device, pointer<void>(stream)));
 }
 
 }  // namespace
@@ -137,8 +143,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("lookup_backward", &lookup_backward);
   m.def("codebook_stats_scratch", &codebook_stats_scratch);
   m.def("codebook_stats", &codebook_stats);
-  m.def("uniform_q_sample", &uniform_q_sample);
-  m.def("uniform_diffusion_loss", &uniform_diffusion_loss);
+  m.def("q_sample", &q_sample);
+  m.def("diffusion_loss", &diffusion_loss);
   m.def("scale_rows", &scale_rows);
-  m.def("uniform_p_sample", &uniform_p_sample);
+  m.def("p_sample", &p_sample);
 }

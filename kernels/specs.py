@@ -6,6 +6,7 @@ from vqfast.kernels.lookup.spec import BACKWARD_SPEC as LOOKUP_BACKWARD
 from vqfast.kernels.lookup.spec import SPEC as LOOKUP
 from vqfast.kernels.nearest.spec import SPEC as NEAREST
 from vqfast.kernels.p_sample.spec import SPEC as P_SAMPLE
+from vqfast.kernels.posterior.spec import SPEC as POSTERIOR
 from vqfast.kernels.q_sample.spec import SPEC as Q_SAMPLE
 
-SPECS = (NEAREST, LOOKUP, LOOKUP_BACKWARD, CODEBOOK_STATS, Q_SAMPLE, DIFFUSION_LOSS, P_SAMPLE)
+SPECS = (NEAREST, LOOKUP, LOOKUP_BACKWARD, CODEBOOK_STATS, Q_SAMPLE, POSTERIOR, DIFFUSION_LOSS, P_SAMPLE)

@@ -65,32 +65,44 @@ static double exp_scores(float *scores, int64_t n, float largest, float factor, 
   return total;
 }
 
-// With r = ratio * weight: returns the sum of log(1 + r) - r and, unless shares is null, writes r / (1 + r) to shares
-// and the sum of r - r / (1 + r) to curvature. Both sums are of second order where r is small.
-static double log1p_scores(const float *weights, int64_t n, float ratio, float *shares, double *curvature) {
+template <bool kVector, bool kShares>
+static double log1p_scores_of(const float *weights, int64_t n, float ratio, const float *noise, const float *inverse,
+                              float *shares, double *curvature) {
   const vf by = splat(ratio), one = splat(1.0f);
   double log_total = 0, curvature_total = 0;
   for (int64_t first = 0; first < n; first += kBlockCodes) {
     const int64_t end = first + kBlockCodes < n ? first + kBlockCodes : n;
     vf logs = {}, curvatures = {};
-    if (shares) {
-      for (int64_t k = first; k < end; k += kLanes) {
-        const vf r = by * load(weights + k), u = one + r, share = r / u;
+    for (int64_t k = first; k < end; k += kLanes) {
+      const vf linear = by * load(weights + k);
+      vf r = linear;
+      if constexpr (kVector) r *= load(inverse + k);
+      const vf u = one + r;
+      if constexpr (kVector)
+        logs += load(noise + k) * log1p_minus(r, u);
+      else
         logs += log1p_minus(r, u);
+      if constexpr (kShares) {
+        const vf share = r / u;
         store(shares + k, share);
-        curvatures += r * share;
-      }
-      curvature_total += sum(curvatures);
-    } else {
-      for (int64_t k = first; k < end; k += kLanes) {
-        const vf r = by * load(weights + k);
-        logs += log1p_minus(r, one + r);
+        curvatures += linear * share;
       }
     }
     log_total += sum(logs);
+    if constexpr (kShares) curvature_total += sum(curvatures);
   }
-  if (shares) *curvature = curvature_total;
+  if (kShares) *curvature = curvature_total;
   return log_total;
+}
+
+// With r = ratio * weight / noise: returns the sum of noise (log(1 + r) - r) and, unless shares is null, writes
+// r / (1 + r) to shares and the sum of noise (r - r / (1 + r)) to curvature. Both sums are of second order where r is
+// small. noise: of each code, beside its inverse; null for 1.
+static double log1p_scores(const float *weights, int64_t n, float ratio, const float *noise, const float *inverse,
+                           float *shares, double *curvature) {
+  const auto run = noise ? (shares ? log1p_scores_of<true, true> : log1p_scores_of<true, false>)
+                         : (shares ? log1p_scores_of<false, true> : log1p_scores_of<false, false>);
+  return run(weights, n, ratio, noise, inverse, shares, curvature);
 }
 
 // weights = weights (base + slope shares); shares may be null where slope is 0.
@@ -140,6 +152,80 @@ static void scale_row_of(const T *, void *row, int64_t K, typename Wide<T>::scal
 // row *= scale
 static void scale_row(vqfast_dtype dtype, void *row, int64_t K, double scale) {
   with_element(dtype, [&](auto *type) { scale_row_of(type, row, K, scale); });
+}
+
+template <class T>
+static float guide_scores_of(const T *row, int64_t K, float guidance, float *scores) {
+  const vf never = splat(-__builtin_inff()), by = splat(guidance);
+  vf most = never;
+  for (int64_t k = 0; k < K; k += kLanes) {
+    const vf score = load(scores + k), other = k + kLanes <= K ? load(row + k) : load_part(row + k, K - k);
+    const vf guided = other + by * (score - other);
+    // A code that either calls impossible stays so; infinities of one sign would make it NaN.
+    const vf kept = score == never ? never : other == never ? never : guided;
+    store(scores + k, kept);
+    most = max(kept, most);
+  }
+  float lane[kLanes], largest = -__builtin_inff();
+  store(lane, most);
+  for (int i = 0; i < kLanes; ++i) largest = lane[i] > largest ? lane[i] : largest;
+  return largest;
+}
+
+// scores = row + guidance (scores - row), row the unconditional scores. Returns the largest; NaN is passed over.
+static float guide_scores(vqfast_dtype dtype, const void *row, int64_t K, float guidance, float *scores) {
+  switch (dtype) {
+    case VQFAST_BF16: return guide_scores_of((const bf16 *)row, K, guidance, scores);
+    case VQFAST_F16: return guide_scores_of((const f16 *)row, K, guidance, scores);
+    default: return guide_scores_of((const float *)row, K, guidance, scores);
+  }
+}
+
+// How many scores are at least `least`.
+static int64_t count_scores(const float *scores, int64_t n, float least) {
+  const vf threshold = splat(least);
+  vi counts = {};
+  for (int64_t k = 0; k < n; k += kLanes) counts -= (vi)(load(scores + k) >= threshold);
+  int32_t lane[kLanes];
+  store(lane, counts);
+  int64_t count = 0;
+  for (int i = 0; i < kLanes; ++i) count += lane[i];
+  return count;
+}
+
+// Sum of the weights whose scores are at least `least`, in the order of sum_scores.
+static double mass_scores(const float *scores, const float *weights, int64_t n, float least) {
+  const vf threshold = splat(least);
+  double total = 0;
+  for (int64_t first = 0; first < n; first += kBlockCodes) {
+    const int64_t end = first + kBlockCodes < n ? first + kBlockCodes : n;
+    vf block = {};
+    for (int64_t k = first; k < end; k += kLanes) block += load(scores + k) >= threshold ? load(weights + k) : vf{};
+    total += sum(block);
+  }
+  return total;
+}
+
+// Where a score is below `least` its weight becomes 0 and it -infinity.
+static void keep_scores(float *scores, float *weights, int64_t n, float least) {
+  const vf threshold = splat(least), never = splat(-__builtin_inff());
+  for (int64_t k = 0; k < n; k += kLanes) {
+    const vf score = load(scores + k);
+    store(weights + k, score >= threshold ? load(weights + k) : vf{});
+    store(scores + k, score >= threshold ? score : never);
+  }
+}
+
+// Returns the sum of the weights; sums[i] is that of codes i kBlockCodes and on.
+static double sum_scores(const float *weights, int64_t n, double *sums) {
+  double total = 0;
+  for (int64_t first = 0; first < n; first += kBlockCodes) {
+    const int64_t end = first + kBlockCodes < n ? first + kBlockCodes : n;
+    vf block = {};
+    for (int64_t k = first; k < end; k += kLanes) block += load(weights + k);
+    total += *sums++ = sum(block);
+  }
+  return total;
 }
 
 }  // namespace vqfast::VQFAST_ISA

@@ -1,8 +1,10 @@
-// Draws of uniform diffusion: forward noise and the reverse step.
+// Draws of diffusion: forward noise and the reverse step.
 #include <cmath>
 #include <type_traits>
 
 #include "buffer.h"
+#include "diffusion_chain.h"
+#include "diffusion_truncate.h"
 #include "philox.h"
 #include "score_passes.h"
 #include "vqfast.h"
@@ -38,55 +40,77 @@ int64_t locate(const Real *weights, const double *sums, int64_t K, double target
 
 template <class Passes>
 struct Reverse {
-  const void *logits;
+  const void *logits, *unconditional;
   const int64_t *x_t, *t, *s;
-  const double *alpha_bar;
+  vqfast_levels chain;
   int64_t B, L, K;
   const int64_t *known;
-  double temperature;
+  bool marginal;
+  double temperature, guidance;
+  Truncation keep;
   const int64_t *key;
   int64_t *x_s;
 
   typedef typename Passes::Real Real;
 
-  int64_t draw(const Passes &passes, int64_t n, Real *weights, double *sums) const {
-    const int64_t b = n / L;
-    const double signal = alpha_bar[s[b]], stay = alpha_bar[t[b]] / signal;
+  // Probabilities of x_0, up to their sum, which is returned: NaN or 0 where the scores are no distribution.
+  double weigh(const Passes &passes, int64_t n, Real *weights, Real *scores, double *sums) const {
+    const int64_t bytes = K * passes.size(), padded = passes.padded(K);
+    const char *row = (const char *)logits + n * bytes;
+    Real largest = passes.load(row, K, weights);
+    if (unconditional) largest = passes.guide((const char *)unconditional + n * bytes, K, guidance, weights);
+    if (!keep.any(K)) return passes.exp(weights, padded, largest, temperature, sums, row + bytes);
+    std::copy(weights, weights + padded, scores);
+    const double total = passes.exp(weights, padded, largest, temperature, sums, row + bytes);
+    return std::isfinite(total) && total > 0 ? truncate(passes, keep, K, scores, weights, sums, total) : total;
+  }
+
+  int64_t draw(const Passes &passes, int64_t n, const NoiseCodes &noise, Real *weights, Real *scores,
+               double *sums) const {
+    const int64_t b = n / L, current = x_t[n];
     const RandomBits bits = philox(key[0], key[1], n, 0);
-    const double part = uniform(bits.first);
-    const int64_t any_code = below(bits.second, K);
-    if (known && known[n] >= 0) return part < signal ? known[n] : any_code;
+    if (known && known[n] >= 0) return noised(Shares(chain, s[b]), known[n], bits, noise, K);
+    const Step step(chain, t[b], s[b], current, K, marginal);
+    if (step.certain) return current;
 
-    const double replaced = (1 - stay) * (1 - signal) / K;
-    const double predicted = (1 - stay) * signal / K;
+    const double part = uniform(bits.first), moving = step.masked ? step.flip : step.move;
+    const double replaced = moving * (1 - step.signal), predicted = moving * step.signal;
     // The weight of staying grows with p(x_t). Where even p(x_t) = 0 means to stay, as for most tokens of a long chain,
-    // the logits need not be read.
-    const double least = stay * (1 - signal) / K;
-    if (part * (least + replaced + predicted) < least) return x_t[n];
+    // the logits need not be read. A masked token's weights do not depend on them at all.
+    const double of_noise = step.masked ? 0 : step.spread * noise_of(chain, current, K);
+    const double least = step.masked ? 1 - step.flip : step.stay * of_noise;
+    if (part * (least + replaced + predicted) < least) return current;
+    if (step.masked && part * (least + replaced + predicted) < least + replaced) return noise.draw(bits.second);
 
-    const char *row = (const char *)logits + n * K * passes.size();
-    const Real largest = passes.load(row, K, weights);
-    const double total = passes.exp(weights, passes.padded(K), largest, temperature, sums, row + K * passes.size());
-    if (!(std::isfinite(total) && total > 0)) return x_t[n];
-    const double kept = stay * (signal * (weights[x_t[n]] / total) + (1 - signal) / K);
-    const double target = part * (kept + replaced + predicted);
-    if (target < kept) return x_t[n];
-    if (target < kept + replaced) return any_code;
+    double total = weigh(passes, n, weights, scores, sums);
+    if (!(std::isfinite(total) && total > 0)) return step.masked ? noise.draw(bits.second) : current;
+    if (!step.masked) {
+      if (step.shift != 0) {
+        weights[current] *= std::exp(-step.shift);
+        total = passes.sum(weights, passes.padded(K), sums);
+        if (!(total > 0)) return current;
+      }
+      const double kept = step.stay * (step.signal * (weights[current] / total) + of_noise);
+      const double mark = part * (kept + replaced + predicted);
+      if (mark < kept) return current;
+      if (mark < kept + replaced) return noise.draw(bits.second);
+    }
     return locate(weights, sums, K, uniform(philox(key[0], key[1], n, 1).first) * total);
   }
 
   int run(vqfast_dtype dtype) const {
-    bool enough = true;
+    const NoiseCodes noise(chain, K);
+    bool enough = noise.enough_memory();
 #pragma omp parallel reduction(&& : enough) if (B * L * (K + kDrawElements) > kParallelElements)
     {
       const Passes passes(dtype);
       const int64_t padded = passes.padded(K);
-      const Buffer<Real> weights = buffer<Real>(padded);
+      const Buffer<Real> weights = buffer<Real>(padded), scores = buffer<Real>(keep.any(K) ? padded : 0);
       const Buffer<double> sums = buffer<double>(padded / kBlockCodes + 1);
-      enough = weights && sums;
+      enough = enough && weights && scores && sums;
 #pragma omp for schedule(static)
       for (int64_t n = 0; n < B * L; ++n)
-        if (enough) x_s[n] = draw(passes, n, weights.get(), sums.get());
+        if (enough) x_s[n] = draw(passes, n, noise, weights.get(), scores.get(), sums.get());
     }
     return enough ? VQFAST_OK : VQFAST_OUT_OF_MEMORY;
   }
@@ -97,23 +121,25 @@ struct Reverse {
 
 using namespace vqfast;
 
-extern "C" int vqfast_cpu_uniform_q_sample(const int64_t *x0, const int64_t *t, const double *alpha_bar, int64_t,
-                                           int64_t B, int64_t L, int64_t K, const int64_t *key, int64_t *x_t) {
+extern "C" int vqfast_cpu_q_sample(const int64_t *x0, const int64_t *t, vqfast_levels levels, int64_t B, int64_t L,
+                                   int64_t K, const int64_t *key, int64_t *x_t) {
+  const NoiseCodes noise(levels, K);
+  if (!noise.enough_memory()) return VQFAST_OUT_OF_MEMORY;
 #pragma omp parallel for schedule(static) if (B * L * kDrawElements > kParallelElements)
-  for (int64_t n = 0; n < B * L; ++n) {
-    const RandomBits bits = philox(key[0], key[1], n, 0);
-    x_t[n] = uniform(bits.first) < alpha_bar[t[n / L]] ? x0[n] : below(bits.second, K);
-  }
+  for (int64_t n = 0; n < B * L; ++n)
+    x_t[n] = noised(Shares(levels, t[n / L]), x0[n], philox(key[0], key[1], n, 0), noise, K);
   return VQFAST_OK;
 }
 
-extern "C" int vqfast_cpu_uniform_p_sample(vqfast_dtype dtype, const void *logits, const int64_t *x_t,
-                                           const int64_t *t, const int64_t *s, const double *alpha_bar, int64_t,
-                                           int64_t B, int64_t L, int64_t K, const int64_t *known, double temperature,
-                                           const int64_t *key, int64_t *x_s) {
+extern "C" int vqfast_cpu_p_sample(vqfast_dtype dtype, const void *logits, const void *unconditional,
+                                   const int64_t *x_t, const int64_t *t, const int64_t *s, vqfast_levels levels,
+                                   int64_t B, int64_t L, int64_t K, const int64_t *known, int marginal,
+                                   double temperature, double guidance, int64_t top_k, double top_p,
+                                   const int64_t *key, int64_t *x_s) {
   return with_passes(dtype, [&](auto *type) {
     typedef std::remove_pointer_t<decltype(type)> Passes;
-    const Reverse<Passes> reverse = {logits, x_t, t, s, alpha_bar, B, L, K, known, temperature, key, x_s};
+    const Reverse<Passes> reverse = {logits, unconditional, x_t, t, s, levels, B, L, K, known, marginal != 0,
+                                     temperature, guidance, {top_k, top_p}, key, x_s};
     return reverse.run(dtype);
   });
 }

@@ -34,10 +34,16 @@ struct Kernels {
   float (*load_scores)(vqfast_dtype dtype, const void *row, int64_t K, float *scores);
   double (*exp_scores)(float *scores, int64_t n, float largest, float factor, double *sums, const char *next,
                        int element_size);
-  double (*log1p_scores)(const float *weights, int64_t n, float ratio, float *shares, double *curvature);
+  double (*log1p_scores)(const float *weights, int64_t n, float ratio, const float *noise, const float *inverse,
+                         float *shares, double *curvature);
   void (*grad_scores)(float *weights, int64_t n, float base, float slope, const float *shares);
   void (*store_scores)(vqfast_dtype dtype, const float *scores, int64_t K, void *row, bool past_caches);
   void (*scale_row)(vqfast_dtype dtype, void *row, int64_t K, double scale);
+  float (*guide_scores)(vqfast_dtype dtype, const void *row, int64_t K, float guidance, float *scores);
+  int64_t (*count_scores)(const float *scores, int64_t n, float least);
+  double (*mass_scores)(const float *scores, const float *weights, int64_t n, float least);
+  void (*keep_scores)(float *scores, float *weights, int64_t n, float least);
+  double (*sum_scores)(const float *weights, int64_t n, double *sums);
 };
 
 constexpr int64_t kBlockCodes = 64;  // codes whose probabilities exp_scores sums up together

@@ -41,8 +41,9 @@ class FloatPasses {
     return isa_.exp_scores(scores, n, largest, (float)std::min(1 / temperature, 1e30), sums, next,
                            (int)size_);
   }
-  double log1p(const float *weights, int64_t n, double ratio, float *shares, double *curvature) const {
-    return isa_.log1p_scores(weights, n, (float)ratio, shares, curvature);
+  double log1p(const float *weights, int64_t n, double ratio, const float *noise, const float *inverse, float *shares,
+               double *curvature) const {
+    return isa_.log1p_scores(weights, n, (float)ratio, noise, inverse, shares, curvature);
   }
   void grad(float *weights, int64_t n, double base, double slope, const float *shares) const {
     isa_.grad_scores(weights, n, (float)base, (float)slope, shares);
@@ -50,6 +51,17 @@ class FloatPasses {
   void store(const float *scores, int64_t K, void *row, bool past_caches) const {
     isa_.store_scores(dtype_, scores, K, row, past_caches);
   }
+  float guide(const void *row, int64_t K, double guidance, float *scores) const {
+    return isa_.guide_scores(dtype_, row, K, (float)guidance, scores);
+  }
+  int64_t count(const float *scores, int64_t n, float least) const { return isa_.count_scores(scores, n, least); }
+  double mass(const float *scores, const float *weights, int64_t n, float least) const {
+    return isa_.mass_scores(scores, weights, n, least);
+  }
+  void keep(float *scores, float *weights, int64_t n, float least) const {
+    isa_.keep_scores(scores, weights, n, least);
+  }
+  double sum(const float *weights, int64_t n, double *sums) const { return isa_.sum_scores(weights, n, sums); }
 
  private:
   FlushSubnormals flush_;
@@ -83,14 +95,15 @@ class DoublePasses {
     }
     return total;
   }
-  double log1p(const double *weights, int64_t n, double ratio, double *shares, double *curvature) const {
+  double log1p(const double *weights, int64_t n, double ratio, const double *noise, const double *inverse,
+               double *shares, double *curvature) const {
     double logs = 0, total = 0;
     for (int64_t k = 0; k < n; ++k) {
-      const double r = ratio * weights[k];
-      logs += std::log1p(r) - r;
+      const double first = ratio * weights[k], r = inverse ? first * inverse[k] : first;
+      logs += (noise ? noise[k] : 1) * (std::log1p(r) - r);
       if (!shares) continue;
       shares[k] = r / (1 + r);
-      total += r * shares[k];
+      total += first * shares[k];
     }
     if (shares) *curvature = total;
     return logs;
@@ -100,6 +113,44 @@ class DoublePasses {
   }
   void store(const double *scores, int64_t K, void *row, bool) const {
     std::copy(scores, scores + K, (double *)row);
+  }
+  double guide(const void *row, int64_t K, double guidance, double *scores) const {
+    constexpr double kNever = -std::numeric_limits<double>::infinity();
+    double largest = kNever;
+    for (int64_t k = 0; k < K; ++k) {
+      const double other = ((const double *)row)[k];
+      scores[k] = scores[k] == kNever || other == kNever ? kNever : other + guidance * (scores[k] - other);
+      largest = scores[k] > largest ? scores[k] : largest;
+    }
+    return largest;
+  }
+  int64_t count(const double *scores, int64_t n, double least) const {
+    return std::count_if(scores, scores + n, [=](double v) { return v >= least; });
+  }
+  double mass(const double *scores, const double *weights, int64_t n, double least) const {
+    double total = 0;
+    for (int64_t first = 0; first < n; first += kBlockCodes) {
+      double block = 0;
+      for (int64_t k = first; k < std::min(first + kBlockCodes, n); ++k) block += scores[k] >= least ? weights[k] : 0;
+      total += block;
+    }
+    return total;
+  }
+  void keep(double *scores, double *weights, int64_t n, double least) const {
+    for (int64_t k = 0; k < n; ++k) {
+      if (scores[k] >= least) continue;
+      scores[k] = -std::numeric_limits<double>::infinity();
+      weights[k] = 0;
+    }
+  }
+  double sum(const double *weights, int64_t n, double *sums) const {
+    double total = 0;
+    for (int64_t first = 0; first < n; first += kBlockCodes) {
+      double block = 0;
+      for (int64_t k = first; k < std::min(first + kBlockCodes, n); ++k) block += weights[k];
+      total += *sums++ = block;
+    }
+    return total;
   }
 };
 

@@ -98,6 +98,12 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) uniform_diffusion_loss(Loss
   VQFAST_SHARED(UniformStep, shared_step, [1]);
   for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
     const T *logits = args.logits + row * args.K;
+    if (args.scale[row] == 0) {  // the token does not count, and its logits may be anything
+      if (args.grad != nullptr)
+        for (int k = threadIdx.x; k < args.K; k += blockDim.x) narrow((R)0, args.grad[row * args.K + k]);
+      if (threadIdx.x == 0) args.loss[row] = 0;
+      continue;
+    }
     __syncthreads();  // the previous row's step may still be read
     if (threadIdx.x == 0) {
       const int64_t b = row / args.L;
@@ -105,7 +111,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) uniform_diffusion_loss(Loss
                                       args.K);
       step.logit_x_t = widen(logits[step.x_t]);
       step.logit_x0 = widen(logits[step.x0]);
-      step.scale = args.scale[b];
+      step.scale = args.scale[row];
       shared_step[0] = step;
     }
     SoftmaxRow<T, V> scores(logits, args.K, args.keep ? reinterpret_cast<R *>(memory) : nullptr);

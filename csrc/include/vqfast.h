@@ -16,7 +16,13 @@
 extern "C" {
 #endif
 
-enum { VQFAST_OK = 0, VQFAST_BAD_DTYPE = 1, VQFAST_OUT_OF_MEMORY = 2, VQFAST_CUDA_ERROR = 1000 /* + cudaError_t */ };
+enum {
+  VQFAST_OK = 0,
+  VQFAST_BAD_DTYPE = 1,
+  VQFAST_OUT_OF_MEMORY = 2,
+  VQFAST_UNSUPPORTED = 3, /* this device's kernel does not take these arguments; the reference does */
+  VQFAST_CUDA_ERROR = 1000 /* + cudaError_t */
+};
 
 typedef enum { VQFAST_F32 = 0, VQFAST_F64 = 1, VQFAST_BF16 = 2, VQFAST_F16 = 3 } vqfast_dtype;
 
@@ -43,24 +49,32 @@ int vqfast_cpu_lookup_backward(vqfast_dtype dtype, vqfast_rows grad_quantized, c
 int vqfast_cpu_codebook_stats(vqfast_dtype dtype, vqfast_rows x, int64_t D, const int64_t *indices,
                               const void *weights, int64_t K, void *counts, void *sums);
 
-/* Diffusion. x0, x_t, known, x_s (B, L); t, s (B); alpha_bar (T + 1) float64; key[2]; all integers int64. */
-int vqfast_cpu_uniform_q_sample(const int64_t *x0, const int64_t *t, const double *alpha_bar, int64_t T, int64_t B,
-                                int64_t L, int64_t K, const int64_t *key, int64_t *x_t);
+/* A transition family. levels (T + 1, columns) float64: alpha_bar, and gamma_bar in a second column where the family
+ * has a mask state, which is state K. noise (K) float64: the distribution of replaced codes; null for 1 / K each. */
+typedef struct {
+  const double *levels;
+  int64_t T, columns;
+  const double *noise;
+} vqfast_levels;
 
-/* logits (B, L, K) contiguous of `dtype`; loss (B, L) float32 (float64 for F64); grad like logits, or null; scale (B)
- * float64 multiplies the gradient only. */
-int vqfast_cpu_uniform_diffusion_loss(vqfast_dtype dtype, const void *logits, const int64_t *x0, const int64_t *x_t,
-                                      const int64_t *t, const int64_t *s, const double *alpha_bar, int64_t T,
-                                      int64_t B, int64_t L, int64_t K, const double *scale, double aux_weight,
-                                      void *loss, void *grad);
+/* Diffusion. x0, x_t, known, x_s (B, L); t, s (B); key[2]; all integers int64. */
+int vqfast_cpu_q_sample(const int64_t *x0, const int64_t *t, vqfast_levels levels, int64_t B, int64_t L, int64_t K,
+                        const int64_t *key, int64_t *x_t);
+
+/* logits (B, L, K) contiguous of `dtype`; loss (B, L) float32 (float64 for F64); grad like logits, or null; scale
+ * (B, L) float64 multiplies the gradient only, and a token whose scale is 0 is not read: loss and gradient 0. */
+int vqfast_cpu_diffusion_loss(vqfast_dtype dtype, const void *logits, const int64_t *x0, const int64_t *x_t,
+                              const int64_t *t, const int64_t *s, vqfast_levels levels, int64_t B, int64_t L,
+                              int64_t K, const double *scale, int marginal, double aux_weight, void *loss, void *grad);
 
 /* rows (R, K) of `dtype` *= scale[r * stride]; float32 scale (float64 for F64); rows whose scale is 1 are not touched. */
 int vqfast_cpu_scale_rows(vqfast_dtype dtype, void *rows, int64_t R, int64_t K, const void *scale, int64_t stride);
 
-/* known (B, L) or null. */
-int vqfast_cpu_uniform_p_sample(vqfast_dtype dtype, const void *logits, const int64_t *x_t, const int64_t *t,
-                                const int64_t *s, const double *alpha_bar, int64_t T, int64_t B, int64_t L, int64_t K,
-                                const int64_t *known, double temperature, const int64_t *key, int64_t *x_s);
+/* unconditional: like logits, or null; known (B, L) or null; top_k 0 and top_p 1 keep every code. */
+int vqfast_cpu_p_sample(vqfast_dtype dtype, const void *logits, const void *unconditional, const int64_t *x_t,
+                        const int64_t *t, const int64_t *s, vqfast_levels levels, int64_t B, int64_t L, int64_t K,
+                        const int64_t *known, int marginal, double temperature, double guidance, int64_t top_k,
+                        double top_p, const int64_t *key, int64_t *x_s);
 
 /* CUDA. ..._scratch writes how many bytes of device memory an op needs for these sizes on this device. */
 int vqfast_cuda_nearest_scratch(int64_t N, int64_t D, int64_t K, int device, int64_t *bytes);
@@ -83,21 +97,22 @@ int vqfast_cuda_codebook_stats(vqfast_dtype dtype, vqfast_rows x, int64_t D, con
                                const void *weights, int64_t K, void *counts, void *sums, void *scratch, int device,
                                void *stream);
 
-int vqfast_cuda_uniform_q_sample(const int64_t *x0, const int64_t *t, const double *alpha_bar, int64_t T, int64_t B,
-                                 int64_t L, int64_t K, const int64_t *key, int64_t *x_t, int device, void *stream);
+/* Diffusion: uniform noise, the joint rule, no guidance, top_k or top_p; else VQFAST_UNSUPPORTED. */
+int vqfast_cuda_q_sample(const int64_t *x0, const int64_t *t, vqfast_levels levels, int64_t B, int64_t L, int64_t K,
+                         const int64_t *key, int64_t *x_t, int device, void *stream);
 
-int vqfast_cuda_uniform_diffusion_loss(vqfast_dtype dtype, const void *logits, const int64_t *x0, const int64_t *x_t,
-                                       const int64_t *t, const int64_t *s, const double *alpha_bar, int64_t T,
-                                       int64_t B, int64_t L, int64_t K, const double *scale, double aux_weight,
-                                       void *loss, void *grad, int device, void *stream);
+int vqfast_cuda_diffusion_loss(vqfast_dtype dtype, const void *logits, const int64_t *x0, const int64_t *x_t,
+                               const int64_t *t, const int64_t *s, vqfast_levels levels, int64_t B, int64_t L,
+                               int64_t K, const double *scale, int marginal, double aux_weight, void *loss, void *grad,
+                               int device, void *stream);
 
 int vqfast_cuda_scale_rows(vqfast_dtype dtype, void *rows, int64_t R, int64_t K, const void *scale, int64_t stride,
                            int device, void *stream);
 
-int vqfast_cuda_uniform_p_sample(vqfast_dtype dtype, const void *logits, const int64_t *x_t, const int64_t *t,
-                                 const int64_t *s, const double *alpha_bar, int64_t T, int64_t B, int64_t L, int64_t K,
-                                 const int64_t *known, double temperature, const int64_t *key, int64_t *x_s, int device,
-                                 void *stream);
+int vqfast_cuda_p_sample(vqfast_dtype dtype, const void *logits, const void *unconditional, const int64_t *x_t,
+                         const int64_t *t, const int64_t *s, vqfast_levels levels, int64_t B, int64_t L, int64_t K,
+                         const int64_t *known, int marginal, double temperature, double guidance, int64_t top_k,
+                         double top_p, const int64_t *key, int64_t *x_s, int device, void *stream);
 
 #ifdef __cplusplus
 }

@@ -131,10 +131,12 @@ def _diffusion_loss_kernel(
     # 0 * inf where x_0 has probability 0 and the auxiliary term is off.
     auxiliary = tl.where(aux_weight == 0, 0.0, -log_p_x0 * aux_weight)
     loss = tl.where(moves, kl, 0.0) + auxiliary
-    tl.store(loss_ptr + row, tl.where(total == total, loss, total).to(loss_ptr.dtype.element_ty))
+    loss = tl.where(total == total, loss, total)
+    scale = tl.load(scale_ptr + row)
+    counts = scale != 0
+    tl.store(loss_ptr + row, tl.where(counts, loss, 0.0).to(loss_ptr.dtype.element_ty))
 
     if WITH_GRAD:
-        scale = tl.load(scale_ptr + sample)
         live = tl.where(moves, scale, 0.0)
         r_x0 = q_x0 * tl.where(noisy, A * p_x0 / (1 + A * p_x0), 1.0)
         r_x_t = q_x_t * (A * p_x_t / (1 + A * p_x_t))
@@ -146,14 +148,14 @@ def _diffusion_loss_kernel(
         grad_q = tl.where(moves, live * q, 0.0)
         if ONE_BLOCK:
             grad = _gradient(weights, block, x0, x_t, p_factor, odds_factor, grad_q, grad_x0, grad_x_t)
-            tl.store(grad_ptr + block, grad.to(grad_ptr.dtype.element_ty), mask=block < K)
+            tl.store(grad_ptr + block, tl.where(counts, grad, 0.0).to(grad_ptr.dtype.element_ty), mask=block < K)
         else:
             for start in range(0, K, BLOCK):
                 k = start + block
                 logits = tl.load(logits_ptr + k, mask=k < K, other=float("-inf")).to(dtype)
                 weights = tl.exp(logits - peak)
                 grad = _gradient(weights, k, x0, x_t, p_factor, odds_factor, grad_q, grad_x0, grad_x_t)
-                tl.store(grad_ptr + k, grad.to(grad_ptr.dtype.element_ty), mask=k < K)
+                tl.store(grad_ptr + k, tl.where(counts, grad, 0.0).to(grad_ptr.dtype.element_ty), mask=k < K)
 
 
 def uniform_diffusion_loss(

@@ -1,70 +1,111 @@
-"""Definition of the uniform reverse step: one draw of x_s from the plug-in posterior of the predicted x_0."""
+"""Definition of the reverse step: one draw of x_s from the posterior of the predicted x_0."""
 
 import torch
 from torch import Tensor
 
-from vqfast.kernels.philox import below, philox, uniform
+from vqfast.kernels.philox import philox, uniform
+from vqfast.kernels.posterior.reference import shares, step_of
+from vqfast.kernels.q_sample.reference import draw_code, noised
 
 
-def uniform_p_sample(
+def guided(logits: Tensor, unconditional: Tensor | None, guidance: float) -> Tensor:
+    """unconditional + guidance (logits - unconditional); a code that either calls impossible stays so."""
+    if unconditional is None:
+        return logits
+    impossible = (logits == -torch.inf) | (unconditional == -torch.inf)
+    return (unconditional + guidance * (logits - unconditional)).masked_fill(impossible, -torch.inf)
+
+
+def likely(scores: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Which codes a truncated draw may take, bool: the top_k largest scores, and of these the smallest set of the
+    largest whose share of their probability is at least top_p. Of equal scores those of the lowest index come first.
+    """
+    K = scores.shape[-1]
+    order = scores.sort(dim=-1, descending=True, stable=True)
+    p = torch.softmax(order.values, dim=-1)
+    if 0 < top_k < K:
+        p[..., top_k:] = 0
+    if top_p < 1:
+        before = p.cumsum(-1) - p
+        p = p.where(before < top_p * p.sum(-1, keepdim=True), 0)
+    return torch.zeros_like(p).scatter(-1, order.indices, p) > 0
+
+
+def p_sample(
     logits: Tensor,
+    unconditional: Tensor | None,
     x_t: Tensor,
     t: Tensor,
     s: Tensor,
-    alpha_bar: Tensor,
+    levels: Tensor,
+    noise: Tensor | None,
     known: Tensor | None,
+    marginal: bool,
     temperature: float,
+    guidance: float,
+    top_k: int,
+    top_p: float,
     key: Tensor,
 ) -> Tensor:
-    """x_s ~ p(x_s | x_t), proportional to f_j (alpha_bar_s p_j + (1 - alpha_bar_s) / K).
+    """x_s ~ p(x_s | x_t), the posterior of the predicted x_0 (kernels/posterior).
 
-    p = softmax(logits / temperature) is the predicted x_0; f_j = a [j = x_t] + (1 - a) / K is the likelihood of x_t
-    given x_s = j, a = alpha_bar_t / alpha_bar_s. The sum splits into three parts that can be drawn without building
-    it: x_s = x_t (weight a (alpha_bar_s p_{x_t} + (1 - alpha_bar_s) / K)), any code (weight (1 - a)(1 - alpha_bar_s)
-    / K), a code of p (weight (1 - a) alpha_bar_s / K). Hoogeboom et al. 2021, eq. 14; steps to any s < t by the
-    composition of the chain.
+    It is a mixture that can be drawn without building it: x_s = x_t, a code of the noise, a code of the prediction.
+    For a code x_t = i, with the names of `Step`, their weights are stay (signal p_i + noise_i), move (1 - signal) and
+    move signal; for the mask state gamma_bar_s / gamma_bar_t, and the rest split as 1 - signal to signal.
+    Hoogeboom et al. 2021, eq. 14; steps to any s < t by the composition of the chain.
 
     Args:
         logits: (B, L, K) scores of x_0.
-        x_t: (B, L) int64 codes.
+        unconditional: (B, L, K) scores of x_0 without a condition: the scores used are unconditional + guidance
+            (logits - unconditional) (classifier-free guidance, Ho and Salimans 2022). None: `logits` alone.
+        x_t: (B, L) int64 codes, or K for the mask state.
         t, s: (B,) int64 noise levels, 0 <= s < t <= T.
-        alpha_bar: (T + 1,) float64.
+        levels, noise, marginal: as for the posterior.
         known: (B, L) int64 clean codes that are given, -1 elsewhere; a given position is drawn from q(x_s | known).
-        temperature: divides the logits, > 0.
+        temperature: divides the scores, > 0.
+        top_k: keep this many codes of the largest p(x_0); 0 keeps all.
+        top_p: of these keep the smallest set of the largest with at least this share; 1 keeps all.
         key: (2,) int64 Philox key. Row b * L + l: draw 0 gives the integers that choose the part (first) and the code
-            of a uniform part (second); draw 1's first integer chooses within p, in the order of the codes: the first
+            of the noise (second); draw 1's first integer chooses within p, in the order of the codes: the first
             code whose cumulative probability exceeds it.
 
     Returns:
-        (B, L) int64. A row whose logits are NaN throughout keeps x_t.
+        (B, L) int64. Where the scores are no distribution (NaN, all -inf) a code stays and a token that leaves the
+        mask state takes a code of the noise.
     """
     K = logits.shape[-1]
     rows = torch.arange(x_t.numel(), device=x_t.device).reshape(x_t.shape)
     part, any_code = philox(key, rows, 0)
     within, _ = philox(key, rows, 1)
-    part, any_code, within = uniform(part), below(any_code, K), uniform(within)
+    part, any_code, within = uniform(part), draw_code(any_code, K, noise), uniform(within)
 
-    alpha_s = alpha_bar[s][:, None]
-    a = alpha_bar[t][:, None] / alpha_s
-    scores = logits.double() / temperature
+    scores = guided(logits.double(), None if unconditional is None else unconditional.double(), guidance) / temperature
     weight = (scores - scores.amax(-1, keepdim=True)).exp()
+    valid = weight.sum(-1).isfinite() & (weight.sum(-1) > 0)
+    if top_k or top_p < 1:
+        weight = weight.where(likely(scores, top_k, top_p), 0)
+    step = step_of(x_t, t, s, levels, noise, K)
+    if marginal:
+        weight = weight.scatter(-1, step.code, weight.gather(-1, step.code) * (-step.shift).exp())
     total = weight.sum(-1)
-    p_stay = weight.gather(-1, x_t[..., None])[..., 0] / total
 
-    stay = a * (alpha_s * p_stay + (1 - alpha_s) / K)
-    replace = (1 - a) * (1 - alpha_s) / K
-    predict = (1 - a) * alpha_s / K
+    masked, signal = step.masked[..., 0], step.signal[..., 0]
+    stay_share, move, flip = step.stay[..., 0], step.move[..., 0], step.flip[..., 0]
+    p_i = weight.gather(-1, step.code)[..., 0] / total
+    noise_i = step.noise.expand_as(weight).gather(-1, step.code)[..., 0]
+    stay = torch.where(masked, 1 - flip, stay_share * (signal * p_i + noise_i))
+    moving = torch.where(masked, flip, move)
+    replace, predict = moving * (1 - signal), moving * signal
     target = part * (stay + replace + predict)
 
     cumulative = weight.cumsum(-1)
     drawn = (cumulative <= (within * total)[..., None]).sum(-1)
     # Rounding can leave the target at the very end: then the last code that has any weight.
     last = K - 1 - (weight > 0).flip(-1).to(torch.uint8).argmax(-1)
-    drawn = torch.minimum(drawn, last)
+    drawn = torch.where(valid, torch.minimum(drawn, last), any_code)
 
-    x_s = torch.where(target < stay, x_t, torch.where(target < stay + replace, any_code, drawn))
-    x_s = torch.where(total.isfinite() & (total > 0), x_s, x_t)
+    stays = torch.where(step.certain[..., 0] | (~valid & ~masked), True, target < stay)
+    x_s = torch.where(stays, x_t, torch.where(target < stay + replace, any_code, drawn))
     if known is not None:
-        renoised = torch.where(part < alpha_s, known, any_code)
-        x_s = torch.where(known >= 0, renoised, x_s)
+        x_s = torch.where(known >= 0, noised(part, any_code, known, s, levels, K), x_s)
     return x_s

@@ -57,7 +57,7 @@ def test_every_schedule_is_a_chain_that_a_transition_takes(name, T):
 
 
 def test_an_unknown_schedule_is_answered_with_the_names_of_the_known():
-    with pytest.raises(ValueError, match="cosine, cosine_released, linear, got 'sigmoid'"):
+    with pytest.raises(ValueError, match="cosine, cosine_released, linear, reciprocal, got 'sigmoid'"):
         schedule("sigmoid", 10)
 
 

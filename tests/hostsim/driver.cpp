@@ -128,28 +128,30 @@ const std::map<std::string, void (*)(const Call &)> kLaunchers = {
                                       scratch, kDevice, nullptr));
        free(scratch);
      }},
-    {"uniform_q_sample",
+    // Of a family without a mask state or a noise of its own: the levels are T + 1 values of alpha_bar.
+    {"q_sample",
      [](const Call &c) {
-       run(vqfast_cuda_uniform_q_sample(c.at<int64_t>(0), c.at<int64_t>(1), c.at<double>(2), c.ints[0], c.ints[1],
-                                        c.ints[2], c.ints[3], c.at<int64_t>(3), c.at<int64_t>(4), kDevice, nullptr));
+       run(vqfast_cuda_q_sample(c.at<int64_t>(0), c.at<int64_t>(1), {c.at<double>(2), c.ints[0], 1, nullptr}, c.ints[1],
+                                c.ints[2], c.ints[3], c.at<int64_t>(3), c.at<int64_t>(4), kDevice, nullptr));
      }},
-    {"uniform_diffusion_loss",
+    {"diffusion_loss",
      [](const Call &c) {
-       run(vqfast_cuda_uniform_diffusion_loss(c.dtype(), c.buffers[0], c.at<int64_t>(1), c.at<int64_t>(2),
-                                              c.at<int64_t>(3), c.at<int64_t>(4), c.at<double>(5), c.ints[1],
-                                              c.ints[2], c.ints[3], c.ints[4], c.at<double>(6), c.reals[0],
-                                              c.buffers[7], c.buffers[8], kDevice, nullptr));
+       run(vqfast_cuda_diffusion_loss(c.dtype(), c.buffers[0], c.at<int64_t>(1), c.at<int64_t>(2), c.at<int64_t>(3),
+                                      c.at<int64_t>(4), {c.at<double>(5), c.ints[1], 1, nullptr}, c.ints[2], c.ints[3],
+                                      c.ints[4], c.at<double>(6), 0, c.reals[0], c.buffers[7], c.buffers[8], kDevice,
+                                      nullptr));
      }},
     {"scale_rows",
      [](const Call &c) {
        run(vqfast_cuda_scale_rows(c.dtype(), c.buffers[0], c.ints[1], c.ints[2], c.buffers[1], c.ints[3], kDevice,
                                   nullptr));
      }},
-    {"uniform_p_sample",
+    {"p_sample",
      [](const Call &c) {
-       run(vqfast_cuda_uniform_p_sample(c.dtype(), c.buffers[0], c.at<int64_t>(1), c.at<int64_t>(2), c.at<int64_t>(3),
-                                        c.at<double>(4), c.ints[1], c.ints[2], c.ints[3], c.ints[4], c.at<int64_t>(5),
-                                        c.reals[0], c.at<int64_t>(6), c.at<int64_t>(7), kDevice, nullptr));
+       run(vqfast_cuda_p_sample(c.dtype(), c.buffers[0], nullptr, c.at<int64_t>(1), c.at<int64_t>(2),
+                                c.at<int64_t>(3), {c.at<double>(4), c.ints[1], 1, nullptr}, c.ints[2], c.ints[3],
+                                c.ints[4], c.at<int64_t>(5), 0, c.reals[0], 1, 0, 1, c.at<int64_t>(6),
+                                c.at<int64_t>(7), kDevice, nullptr));
      }},
     // Search, lookup and statistics of float32 rows that lie more than 2^31 elements apart, in memory that is mapped
     // but, for the rows, never touched.

@@ -218,21 +218,22 @@ def codebook_stats(x: Tensor, indices: Tensor, weights: Tensor | None, codebook_
     return Call("codebook_stats", integers, [], [memory, indices, weights, *outputs])
 
 
-def uniform_q_sample(x0: Tensor, t: Tensor, alpha_bar: Tensor, codebook_size: int, key: Tensor) -> Call:
-    integers = [alpha_bar.shape[0] - 1, *x0.shape, codebook_size]
-    return Call("uniform_q_sample", integers, [], [x0, t, alpha_bar, key, Written(x0.shape, torch.int64)])
+def q_sample(x0: Tensor, t: Tensor, levels: Tensor, noise: Tensor | None, codebook_size: int, key: Tensor) -> Call:
+    integers = [levels.shape[0] - 1, *x0.shape, codebook_size]
+    return Call("q_sample", integers, [], [x0, t, levels, key, Written(x0.shape, torch.int64)])
 
 
-def uniform_diffusion_loss(
-    logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor, alpha_bar: Tensor, scale: Tensor,
-    aux_weight: float, with_grad: bool,
+def diffusion_loss(
+    logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor, levels: Tensor, noise: Tensor | None,
+    scale: Tensor, marginal: bool, aux_weight: float, with_grad: bool,
 ) -> Call:  # fmt: skip
     outputs = [
         Written(x0.shape, _wide(logits.dtype)),
         Written(logits.shape, logits.dtype) if with_grad else None,
     ]
-    integers = [DTYPE[logits.dtype], alpha_bar.shape[0] - 1, *logits.shape]
-    return Call("uniform_diffusion_loss", integers, [aux_weight], [logits, x0, x_t, t, s, alpha_bar, scale, *outputs])
+    integers = [DTYPE[logits.dtype], levels.shape[0] - 1, *logits.shape]
+    buffers = [logits, x0, x_t, t, s, levels, scale.contiguous(), *outputs]
+    return Call("diffusion_loss", integers, [aux_weight], buffers)
 
 
 def scale_rows_(rows: Tensor, scale: Tensor) -> Call:
@@ -242,13 +243,14 @@ def scale_rows_(rows: Tensor, scale: Tensor) -> Call:
     return Call("scale_rows", integers, [], [Written(rows.shape, rows.dtype, start=rows), scale])
 
 
-def uniform_p_sample(
-    logits: Tensor, x_t: Tensor, t: Tensor, s: Tensor, alpha_bar: Tensor, known: Tensor | None,
-    temperature: float, key: Tensor,
+def p_sample(
+    logits: Tensor, unconditional: Tensor | None, x_t: Tensor, t: Tensor, s: Tensor, levels: Tensor,
+    noise: Tensor | None, known: Tensor | None, marginal: bool, temperature: float, guidance: float, top_k: int,
+    top_p: float, key: Tensor,
 ) -> Call:  # fmt: skip
-    integers = [DTYPE[logits.dtype], alpha_bar.shape[0] - 1, *logits.shape]
-    buffers = [logits, x_t, t, s, alpha_bar, known, key, Written(x_t.shape, torch.int64)]
-    return Call("uniform_p_sample", integers, [temperature], buffers)
+    integers = [DTYPE[logits.dtype], levels.shape[0] - 1, *logits.shape]
+    buffers = [logits, x_t, t, s, levels, known, key, Written(x_t.shape, torch.int64)]
+    return Call("p_sample", integers, [temperature], buffers)
 
 
 CALLS = {
@@ -256,9 +258,9 @@ CALLS = {
     "lookup": lookup,
     "lookup_backward": lookup_backward,
     "codebook_stats": codebook_stats,
-    "uniform_q_sample": uniform_q_sample,
-    "uniform_diffusion_loss": uniform_diffusion_loss,
-    "uniform_p_sample": uniform_p_sample,
+    "q_sample": q_sample,
+    "diffusion_loss": diffusion_loss,
+    "p_sample": p_sample,
 }
 
 

@@ -5,7 +5,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import vqfast
-from vqfast.kernels.diffusion_loss.reference import uniform_diffusion_loss, uniform_posterior
+from vqfast.kernels.diffusion_loss.reference import diffusion_loss as definition
+from vqfast.kernels.posterior.reference import posterior
 from vqfast.kernels.philox import philox
 from vqfast.ops import Uniform, diffusion_loss, p_sample, q_sample, registry
 
@@ -78,8 +79,8 @@ class TestReverse:
         drawn = p_sample(
             logits.expand(1, n, K), torch.full((1, n), x_t), t, s, TRANSITION, generator=g, temperature=0.8
         )
-        log_p = torch.log_softmax(logits.double() / 0.8, -1).view(1, 1, K)
-        want = uniform_posterior(log_p, torch.tensor([[x_t]]), torch.tensor([t]), torch.tensor([s]), ALPHA_BAR)
+        step = torch.tensor([[x_t]]), torch.tensor([t]), torch.tensor([s]), ALPHA_BAR[:, None], None, False
+        want = posterior(logits.double().view(1, 1, K) / 0.8, *step)
         assert chi_square_is_small(torch.bincount(drawn[0], minlength=K).double(), want.exp().view(K))
 
     def test_known_tokens_are_renoised_and_exact_at_the_end(self, backend):
@@ -121,7 +122,9 @@ class TestLoss:
             logits, x0, x_t, t, TRANSITION, s=s, aux_weight=aux_weight, weights=weights, reduction=reduction
         )
         (got_grad,) = torch.autograd.grad((got * probe).sum(), logits)
-        tokens = uniform_diffusion_loss(logits, x0, x_t, t, s, ALPHA_BAR, aux_weight) * weights.double()[:, None]
+        tokens = (
+            definition(logits, x0, x_t, t, s, ALPHA_BAR[:, None], None, False, aux_weight) * weights.double()[:, None]
+        )
         want = {"mean": tokens.mean(), "sum": tokens.sum(), "none": tokens}[reduction]
         (want_grad,) = torch.autograd.grad((want * probe).sum(), logits)
         torch.testing.assert_close(got, want)
@@ -172,8 +175,8 @@ class TestLoss:
     def test_writes_no_gradient_where_none_is_asked_for(self, monkeypatch):
         asked = []
         kernels = registry.BACKENDS["reference"].KERNELS
-        kernel = kernels["uniform_diffusion_loss"]
-        monkeypatch.setitem(kernels, "uniform_diffusion_loss", lambda *a: asked.append(a[-1]) or kernel(*a))
+        kernel = kernels["diffusion_loss"]
+        monkeypatch.setitem(kernels, "diffusion_loss", lambda *a: asked.append(a[-1]) or kernel(*a))
         x0 = torch.zeros(2, 3, dtype=torch.int64)
         logits = torch.randn(2, 3, K, requires_grad=True)
         with vqfast.backend("reference"):
@@ -217,7 +220,7 @@ class TestErrors:
             (dict(t=3, s=-1), ValueError, r"s: expected values in 0..4"),
             (dict(weights=torch.ones(3)), ValueError, r"weights: expected shape \(B,\)"),
             (dict(reduction="average"), ValueError, r"reduction: expected 'mean', 'sum' or 'none'"),
-            (dict(transition=ALPHA_BAR), TypeError, r"transition: expected vqfast.ops.Uniform, got Tensor"),
+            (dict(transition=ALPHA_BAR), TypeError, r"transition: expected a family of vqfast.ops .*, got Tensor"),
             (dict(x0=codes.to("meta")), ValueError, r"x0: expected the device of logits, cpu, got .*meta"),
         ],
     )  # fmt: skip

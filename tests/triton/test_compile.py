@@ -48,9 +48,9 @@ SHAPES = {
     "lookup": [dict(N=64, K=32, D=65)],
     "lookup_backward": [dict(N=64, K=32, D=65)],
     "codebook_stats": [dict(N=4000, K=32, D=256, weighted=True)],
-    "uniform_q_sample": [dict(B=2, L=8, K=32, T=10)],
-    "uniform_diffusion_loss": [dict(B=1, L=2, K=1024, T=10), dict(B=1, L=2, K=5000, T=10)],
-    "uniform_p_sample": [dict(B=1, L=2, K=1024, T=10, known=True), dict(B=1, L=2, K=5000, T=10)],
+    "q_sample": [dict(B=2, L=8, K=32, T=10)],
+    "diffusion_loss": [dict(B=1, L=2, K=1024, T=10), dict(B=1, L=2, K=5000, T=10)],
+    "p_sample": [dict(B=1, L=2, K=1024, T=10, known=True), dict(B=1, L=2, K=5000, T=10)],
 }
 
 

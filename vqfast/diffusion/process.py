@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from vqfast.diffusion.sampler import Denoiser, sample_steps
-from vqfast.ops import Uniform, diffusion_loss, q_sample
+from vqfast.ops import Transition, diffusion_loss, prior_kl, q_sample
+from vqfast.ops.diffusion import RULES
 
 PARAMETERISATIONS = ("x0", "residual")
 TIME_SAMPLING = ("uniform", "importance")
+WEIGHTINGS = ("elbo", "reweighted")
 
 # Importance sampling of t as in the code released with Multinomial Diffusion (Hoogeboom et al. 2021).
 _HISTORY_DECAY = 0.9
@@ -22,8 +24,8 @@ class Objective(NamedTuple):
     """What a training step gives.
 
     loss: scalar with gradient, bits per token: sum over t of the bound's terms (plus the auxiliary
-        cross-entropy), estimated from one t per sample, plus the prior term.
-    bits_per_dim: scalar without gradient: the same without the auxiliary term.
+        cross-entropy), estimated from one t per sample, plus the prior term; or the reweighted bound.
+    bits_per_dim: scalar without gradient: the bound, without the auxiliary term and whatever the weighting.
     """
 
     loss: Tensor
@@ -35,50 +37,47 @@ class Elbo(NamedTuple):
 
     total: (B,), the sum of all that follows.
     terms: (n, B), in the order of the reverse chain: the last is -log p(x_0 | x_t).
-    prior: KL(q(x_T | x_0) || uniform), the same for every sample.
+    prior: (B,), KL(q(x_T | x_0) || prior).
     """
 
     total: Tensor
     terms: Tensor
-    prior: float
-
-
-def prior_kl(transition: Uniform) -> float:
-    """KL(q(x_T | x_0) || uniform) of one token, in nats; the same for every x_0."""
-    K, alpha = transition.codebook_size, transition.alpha_bar[-1].item()
-    if alpha == 1:
-        return math.log(K)
-    # log1p: at the end of a chain both are logarithms of 1 + tiny, and the sum is a difference of the two.
-    same = (1 + alpha * (K - 1)) / K * math.log1p(alpha * (K - 1))
-    other = (K - 1) * (1 - alpha) / K * math.log1p(-alpha)
-    return same + other
+    prior: Tensor
 
 
 class DiscreteDiffusion(nn.Module):
     """Turns a denoiser into training losses and bounds.
 
     Args:
-        transition: the forward chain.
+        transition: the forward chain, of any family.
+        rule: "joint" or "marginal", see vqfast.ops.posterior. Sample with the same one.
         parameterisation: "x0": the denoiser's output is the logits of x_0; "residual": it is added to the
-            one-hot of x_t, so that the denoiser predicts the noise (VQ-DDM, arXiv 2112.01799).
+            one-hot of x_t, so that the denoiser predicts the noise (VQ-DDM, arXiv 2112.01799); a masked x_t adds
+            nothing.
         aux_weight: weight of the cross-entropy of x_0 beside the bound (D3PM, Austin et al. 2021, eq. 5).
         time_sampling: how t is drawn. "uniform"; or "importance": p(t) proportional to the root of a running
             mean of the squared loss at t, uniform until every t was visited more than 10 times.
+        weighting: "elbo" trains on the bound; "reweighted" on the mean over t of (1 - t / T) times
+            -log p(x_0 | x_t), which makes light of levels where little is known (Bond-Taylor et al. 2022, Unleashing
+            Transformers, eq. 8): in absorbing diffusion the cross-entropy of the masked tokens.
 
     Buffers, saved with the model: loss_history (T,) float32, running mean of the squared loss (nats of a
     sample) at t = 1..T; loss_count (T,) int64, visits.
 
     Raises:
-        ValueError: an option other than these.
+        ValueError: an option other than these; a bound that is infinite, as that of absorbing diffusion whose alpha_bar
+            does not end at 0.
     """
 
     def __init__(
         self,
-        transition: Uniform,
+        transition: Transition,
         *,
+        rule: str = "joint",
         parameterisation: str = "x0",
         aux_weight: float = 0.0,
         time_sampling: str = "uniform",
+        weighting: str = "elbo",
     ):
         super().__init__()
         if parameterisation not in PARAMETERISATIONS:
@@ -87,13 +86,26 @@ class DiscreteDiffusion(nn.Module):
             )
         if time_sampling not in TIME_SAMPLING:
             raise ValueError(f"time_sampling: expected one of {', '.join(TIME_SAMPLING)}, got {time_sampling!r}")
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+        if rule not in RULES:
+            raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
         if not aux_weight >= 0:
             raise ValueError(f"aux_weight: expected at least 0, got {aux_weight!r}")
         self.transition = transition
-        self.prior_kl = prior_kl(transition)
+        self.rule = rule
+        prior = prior_kl(transition)
+        if weighting == "elbo" and prior.isinf().all():
+            raise ValueError(
+                f"transition: the bound of {transition} is infinite, its prior has nothing of x_0; expected alpha_bar to "
+                f"end at 0, got {transition.alpha_bar[-1].item():.3g}"
+            )
+        # Of each code, in nats; derived from the chain, so not saved with the model.
+        self.register_buffer("prior_kl", prior, persistent=False)
         self.parameterisation = parameterisation
         self.aux_weight = float(aux_weight)
         self.time_sampling = time_sampling
+        self.weighting = weighting
         self.register_buffer("loss_history", torch.zeros(transition.T))
         self.register_buffer("loss_count", torch.zeros(transition.T, dtype=torch.int64))
 
@@ -102,7 +114,8 @@ class DiscreteDiffusion(nn.Module):
         logits = denoiser(x_t, t, labels)
         if self.parameterisation == "residual":
             index = x_t[..., None]
-            logits = logits.scatter_add(-1, index, logits.new_ones(()).expand(index.shape))
+            is_code = (index < logits.shape[-1]).to(logits.dtype)
+            logits = logits.scatter_add(-1, index.clamp(max=logits.shape[-1] - 1), is_code)
         return logits
 
     def time_probabilities(self) -> Tensor:
@@ -155,19 +168,28 @@ class DiscreteDiffusion(nn.Module):
             The objective; and (B,) the loss of each sample at its t, nats summed over tokens, no gradient.
         """
         B, L = x0.shape
+        T, bits_per_nat = self.transition.T, 1 / (B * L * math.log(2))
+        prior = self._prior_nats(x0).sum() * bits_per_nat
+        common = dict(transition=self.transition, rule=self.rule, reduction="none")
+
         # With every factor in the weights, the gradient that reaches the op is 1 and costs it no second pass.
-        weights = 1 / (p_t * (B * L * math.log(2)))
-        loss = diffusion_loss(
-            logits, x0, x_t, t, self.transition, aux_weight=self.aux_weight, weights=weights, reduction="none"
-        )
-        prior = self.prior_kl / math.log(2)
-        total = loss.sum() + prior
-        bits = total.detach()
-        if self.aux_weight:
+        if self.weighting == "elbo":
+            weights = bits_per_nat / p_t
+            tokens = diffusion_loss(logits, x0, x_t, t, weights=weights, aux_weight=self.aux_weight, **common)
+            loss = tokens.sum() + prior.to(tokens.dtype)
+        else:
+            weights = bits_per_nat * (1 - t / T) / (T * p_t)
+            loss = diffusion_loss(logits, x0, x_t, t, s=0, weights=weights, aux_weight=self.aux_weight, **common).sum()
+        if self.aux_weight or self.weighting != "elbo":
             with torch.no_grad():
-                bits = prior + diffusion_loss(logits, x0, x_t, t, self.transition, weights=weights, reduction="sum")
-        nats = loss.detach().sum(1) / weights.to(loss.dtype)
-        return Objective(total, bits), nats
+                weights = bits_per_nat / p_t
+                tokens = diffusion_loss(logits, x0, x_t, t, weights=weights, **common)
+        samples = tokens.detach().sum(1)
+        return Objective(loss, samples.sum() + prior.to(samples.dtype)), samples / weights.to(samples.dtype)
+
+    def _prior_nats(self, x0: Tensor) -> Tensor:
+        """(B,) float64."""
+        return self.prior_kl.double()[x0].sum(1)
 
     def forward(
         self,
@@ -218,15 +240,17 @@ class DiscreteDiffusion(nn.Module):
         Raises:
             ValueError: steps not in 1..T, or what the ops refuse.
         """
-        B, L = x0.shape
+        B = x0.shape[0]
         terms = []
         for t, s in pairwise(sample_steps(self.transition.T, steps)):
             x_t = q_sample(x0, t, self.transition, generator=generator)
             level = torch.full((B,), t, dtype=torch.int64, device=x0.device)
             logits = self.predict(denoiser, x_t, level, labels)
-            loss = diffusion_loss(logits, x0, x_t, level, self.transition, s=s, reduction="none")
+            loss = diffusion_loss(
+                logits, x0, x_t, level, self.transition, s=s, rule=self.rule, reduction="none"
+            )
             terms.append(loss.double().sum(1))
-        prior = L * self.prior_kl
+        prior = self._prior_nats(x0)
         stacked = torch.stack(terms)
         return Elbo(stacked.sum(0) + prior, stacked, prior)
 

@@ -63,6 +63,9 @@ def cosine_released(T: int) -> Tensor:
 def linear(T: int) -> Tensor:
     """alpha_bar = 1 - t / T: each step touches the same share of the tokens of an image.
 
+    Also called "reciprocal": a token that is left is touched with probability 1 / (T - t + 1) (D3PM, Austin et al. 2021,
+    section 3.1; the schedule of Unleashing Transformers).
+
     Args:
         T: number of noise levels, at least 1.
 
@@ -75,10 +78,43 @@ def linear(T: int) -> Tensor:
     return 1 - _levels(T)
 
 
+def mask_and_replace(
+    T: int,
+    *,
+    alpha_first: float = 0.99999,
+    alpha_last: float = 9e-6,
+    mask_first: float = 9e-6,
+    mask_last: float = 0.99999,
+) -> tuple[Tensor, Tensor]:
+    """alpha_bar and mask_bar of VQ-Diffusion (Gu et al. 2022), each linear in t from level 1 to level T.
+
+    The defaults are the end values of the released code. With them 1e-6 of the tokens are replaced at any level, so
+    that the chain is practically absorbing; the paper's text has the rest of 1 - alpha_bar - mask_bar replaced.
+
+    Args:
+        T: number of noise levels, at least 1; with T = 1 the last values count.
+        alpha_first, alpha_last: alpha_bar at levels 1 and T.
+        mask_first, mask_last: mask_bar there.
+
+    Returns:
+        Two (T + 1,) float64, 1 and 0 at level 0. `vqfast.ops.MaskAndReplace` says which tables are a chain.
+
+    Raises:
+        ValueError: T out of range.
+    """
+    _levels(T)
+    position = torch.arange(T, dtype=torch.float64) / (T - 1) if T > 1 else torch.ones(1, dtype=torch.float64)
+    tables = []
+    for start, first, last in ((1.0, alpha_first, alpha_last), (0.0, mask_first, mask_last)):
+        tables.append(torch.cat([torch.full((1,), start, dtype=torch.float64), first + (last - first) * position]))
+    return tables[0], tables[1]
+
+
 SCHEDULES: dict[str, Callable[[int], Tensor]] = {
     "cosine": cosine,
     "cosine_released": cosine_released,
     "linear": linear,
+    "reciprocal": linear,
 }
 
 

@@ -1,18 +1,24 @@
 """vqfast's operations on tensors."""
 
 from vqfast.ops.registry import backend  # isort: skip  (first: it registers the ops that the others bind)
-from vqfast.ops.diffusion import diffusion_loss, p_sample, q_sample
+from vqfast.ops.diffusion import diffusion_loss, p_sample, posterior, prior_kl, q_sample
 from vqfast.ops.search import Quantized, codebook_stats, nearest_code, quantize
-from vqfast.ops.transitions import Uniform
+from vqfast.ops.transitions import Absorbing, Marginal, MaskAndReplace, Transition, Uniform
 
 __all__ = [
+    "Absorbing",
+    "Marginal",
+    "MaskAndReplace",
     "Quantized",
+    "Transition",
     "Uniform",
     "backend",
     "codebook_stats",
     "diffusion_loss",
     "nearest_code",
     "p_sample",
+    "posterior",
+    "prior_kl",
     "q_sample",
     "quantize",
 ]

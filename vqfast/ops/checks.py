@@ -2,7 +2,8 @@
 
 Values (an index in range, t within 0..T) are looked at inside the op, on CPU tensors only: there they cost no device
 sync, and a traced graph keeps no data-dependent branch. On CUDA, set VQFAST_CHECK=1 to pay for the sync and get the
-same errors; without it a kernel clamps what it reads by and never leaves its buffers.
+same errors; without it a kernel clamps what it reads by and never leaves its buffers. With it, logits that are NaN are
+an error too, on every device.
 """
 
 import os
@@ -79,8 +80,8 @@ def _indices(indices: Tensor, codebook_size: int) -> None:
     _check_range("indices", indices, -1, codebook_size - 1, f"K = {codebook_size}; -1 is masked")
 
 
-def _levels(t: Tensor, s: Tensor, alpha_bar: Tensor) -> None:
-    T = alpha_bar.shape[0] - 1
+def _levels(t: Tensor, s: Tensor, levels: Tensor) -> None:
+    T = levels.shape[0] - 1
     _check_range("t", t, 1, T, f"T = {T}")
     _check_range("s", s, 0, T - 1, f"T = {T}, s < t")
     if bool((s >= t).any()):
@@ -91,40 +92,65 @@ def _codes(name: str, codes: Tensor, codebook_size: int) -> None:
     _check_range(name, codes, 0, codebook_size - 1, f"K = {codebook_size}")
 
 
+def _states(name: str, codes: Tensor, codebook_size: int, levels: Tensor) -> None:
+    if levels.shape[1] == 1:
+        _codes(name, codes, codebook_size)
+    else:
+        _check_range(name, codes, 0, codebook_size, f"K = {codebook_size}; K is the mask state")
+
+
 def _known(known: Tensor | None, codebook_size: int) -> None:
     if known is not None:
         _check_range("known", known, -1, codebook_size - 1, f"K = {codebook_size}; -1 is unknown")
 
 
-def _q_sample(x0: Tensor, t: Tensor, alpha_bar: Tensor, codebook_size: int, key: Tensor) -> None:
-    T = alpha_bar.shape[0] - 1
+def _no_nan(name: str, scores: Tensor | None) -> None:
+    """Only where asked for: it is a pass over the logits, and kernels give such rows a defined result."""
+    if _checked() and scores is not None and bool(scores.isnan().any()):
+        rows = scores.isnan().any(-1)
+        b, l = (int(i) for i in rows.nonzero()[0])
+        raise ValueError(f"{name}: expected no NaN, got NaN in {int(rows.sum())} tokens, the first at [{b}, {l}]")
+
+
+def _q_sample(x0: Tensor, t: Tensor, levels: Tensor, noise: Tensor | None, codebook_size: int, key: Tensor) -> None:
+    T = levels.shape[0] - 1
     _check_range("t", t, 0, T, f"T = {T}; 0 is data")
     _codes("x0", x0, codebook_size)
 
 
-def _diffusion_loss(logits, x0, x_t, t, s, alpha_bar, scale, aux_weight, with_grad) -> None:
-    _levels(t, s, alpha_bar)
+def _posterior(logits, x_t, t, s, levels, noise, marginal) -> None:
+    _levels(t, s, levels)
+    _states("x_t", x_t, logits.shape[-1], levels)
+    _no_nan("logits", logits)
+
+
+def _diffusion_loss(logits, x0, x_t, t, s, levels, noise, scale, marginal, aux_weight, with_grad) -> None:
     _codes("x0", x0, logits.shape[-1])
-    _codes("x_t", x_t, logits.shape[-1])
+    _posterior(logits, x_t, t, s, levels, noise, marginal)
 
 
-def _p_sample(logits, x_t, t, s, alpha_bar, known, temperature, key) -> None:
-    _levels(t, s, alpha_bar)
-    _codes("x_t", x_t, logits.shape[-1])
+def _p_sample(logits, unconditional, x_t, t, s, levels, noise, known, marginal, *options) -> None:
+    _posterior(logits, x_t, t, s, levels, noise, marginal)
+    _no_nan("unconditional", unconditional)
     _known(known, logits.shape[-1])
 
 
 _VALUE_CHECKS = {
     "lookup": lambda x, codebook, indices: _indices(indices, codebook.shape[0]),
     "codebook_stats": lambda x, indices, weights, codebook_size: _indices(indices, codebook_size),
-    "uniform_q_sample": _q_sample,
-    "uniform_diffusion_loss": _diffusion_loss,
-    "uniform_p_sample": _p_sample,
+    "q_sample": _q_sample,
+    "posterior": _posterior,
+    "diffusion_loss": _diffusion_loss,
+    "p_sample": _p_sample,
 }
+
+
+def _checked() -> bool:
+    return os.environ.get("VQFAST_CHECK") == "1"
 
 
 def check_values(op: str, args: tuple) -> None:
     """Raise ValueError where a value (not a shape) of an op's arguments is out of range."""
     check = _VALUE_CHECKS.get(op)
-    if check is not None and (args[0].device.type == "cpu" or os.environ.get("VQFAST_CHECK") == "1"):
+    if check is not None and (args[0].device.type == "cpu" or _checked()):
         check(*args)

@@ -42,18 +42,27 @@ def _codebook_stats(x: Tensor, indices: Tensor, weights: Tensor | None, codebook
     return x.new_empty(codebook_size, dtype=dtype), x.new_empty(codebook_size, x.shape[-1], dtype=dtype)
 
 
-def _uniform_q_sample(x0: Tensor, t: Tensor, alpha_bar: Tensor, codebook_size: int, key: Tensor) -> Tensor:
+def _q_sample(x0: Tensor, t: Tensor, levels: Tensor, noise: Tensor | None, codebook_size: int, key: Tensor) -> Tensor:
     return x0.new_empty(x0.shape)
 
 
-def _uniform_diffusion_loss(
+def _posterior(
+    logits: Tensor, x_t: Tensor, t: Tensor, s: Tensor, levels: Tensor, noise: Tensor | None, marginal: bool
+) -> Tensor:
+    B, L, K = logits.shape
+    return logits.new_empty(B, L, K + levels.shape[1] - 1)
+
+
+def _diffusion_loss(
     logits: Tensor,
     x0: Tensor,
     x_t: Tensor,
     t: Tensor,
     s: Tensor,
-    alpha_bar: Tensor,
+    levels: Tensor,
+    noise: Tensor | None,
     scale: Tensor,
+    marginal: bool,
     aux_weight: float,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -67,14 +76,20 @@ def _scale_rows_(rows: Tensor, scale: Tensor) -> None:
     return None
 
 
-def _uniform_p_sample(
+def _p_sample(
     logits: Tensor,
+    unconditional: Tensor | None,
     x_t: Tensor,
     t: Tensor,
     s: Tensor,
-    alpha_bar: Tensor,
+    levels: Tensor,
+    noise: Tensor | None,
     known: Tensor | None,
+    marginal: bool,
     temperature: float,
+    guidance: float,
+    top_k: int,
+    top_p: float,
     key: Tensor,
 ) -> Tensor:
     return x_t.new_empty(x_t.shape)
@@ -90,18 +105,23 @@ _define(
     "codebook_stats(Tensor x, Tensor indices, Tensor? weights, SymInt codebook_size) -> (Tensor, Tensor)",
     _codebook_stats,
 )
+# levels: (T + 1, 1) alpha_bar; (T + 1, 2) alpha_bar and gamma_bar where there is a mask state. noise: (K,) or None.
 _define(
-    "uniform_q_sample(Tensor x0, Tensor t, Tensor alpha_bar, SymInt codebook_size, Tensor key) -> Tensor",
-    _uniform_q_sample,
+    "q_sample(Tensor x0, Tensor t, Tensor levels, Tensor? noise, SymInt codebook_size, Tensor key) -> Tensor",
+    _q_sample,
 )
 _define(
-    "uniform_diffusion_loss(Tensor logits, Tensor x0, Tensor x_t, Tensor t, Tensor s, Tensor alpha_bar, "
-    "Tensor scale, float aux_weight, bool with_grad) -> (Tensor, Tensor)",
-    _uniform_diffusion_loss,
+    "posterior(Tensor logits, Tensor x_t, Tensor t, Tensor s, Tensor levels, Tensor? noise, bool marginal) -> Tensor",
+    _posterior,
+)
+_define(
+    "diffusion_loss(Tensor logits, Tensor x0, Tensor x_t, Tensor t, Tensor s, Tensor levels, Tensor? noise, "
+    "Tensor scale, bool marginal, float aux_weight, bool with_grad) -> (Tensor, Tensor)",
+    _diffusion_loss,
 )
 _define("scale_rows_(Tensor(a!) rows, Tensor scale) -> ()", _scale_rows_)
 _define(
-    "uniform_p_sample(Tensor logits, Tensor x_t, Tensor t, Tensor s, Tensor alpha_bar, Tensor? known, "
-    "float temperature, Tensor key) -> Tensor",
-    _uniform_p_sample,
+    "p_sample(Tensor logits, Tensor? unconditional, Tensor x_t, Tensor t, Tensor s, Tensor levels, Tensor? noise, "
+    "Tensor? known, bool marginal, float temperature, float guidance, SymInt top_k, float top_p, Tensor key) -> Tensor",
+    _p_sample,
 )

@@ -16,6 +16,15 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def _levels(levels: Tensor, noise: Tensor | None) -> tuple[int, int, int, int]:
+    """A family's tables as the extension takes them: vqfast_levels of csrc/include/vqfast.h."""
+    return levels.data_ptr(), levels.shape[0] - 1, levels.shape[1], _address(noise)
+
+
 class CompiledKernels:
     """The ops as methods; `kernels()` lists them by name.
 
@@ -44,10 +53,10 @@ class CompiledKernels:
             "lookup": self.lookup,
             "lookup_backward": self.lookup_backward,
             "codebook_stats": self.codebook_stats,
-            "uniform_q_sample": self.uniform_q_sample,
-            "uniform_diffusion_loss": self.uniform_diffusion_loss,
+            "q_sample": self.q_sample,
+            "diffusion_loss": self.diffusion_loss,
             "scale_rows_": self.scale_rows_,
-            "uniform_p_sample": self.uniform_p_sample,
+            "p_sample": self.p_sample,
         }
 
     def nearest(self, x: Tensor, codebook: Tensor) -> Tensor:
@@ -101,34 +110,38 @@ class CompiledKernels:
         )  # fmt: skip
         return counts, sums
 
-    def uniform_q_sample(self, x0: Tensor, t: Tensor, alpha_bar: Tensor, codebook_size: int, key: Tensor) -> Tensor:
-        x0, t, alpha_bar, key = x0.contiguous(), t.contiguous(), alpha_bar.contiguous(), key.contiguous()
+    def q_sample(
+        self, x0: Tensor, t: Tensor, levels: Tensor, noise: Tensor | None, codebook_size: int, key: Tensor
+    ) -> Tensor:
+        x0, t, levels, noise, key = _contiguous(x0, t, levels, noise, key)
         x_t = x0.new_empty(x0.shape)
-        self.extension.uniform_q_sample(
-            x0.data_ptr(), t.data_ptr(), alpha_bar.data_ptr(), alpha_bar.shape[0] - 1, *x0.shape, codebook_size,
-            key.data_ptr(), x_t.data_ptr(), *self.where(x0),
+        self.extension.q_sample(
+            x0.data_ptr(), t.data_ptr(), _levels(levels, noise), *x0.shape, codebook_size, key.data_ptr(),
+            x_t.data_ptr(), *self.where(x0),
         )  # fmt: skip
         return x_t
 
-    def uniform_diffusion_loss(
+    def diffusion_loss(
         self,
         logits: Tensor,
         x0: Tensor,
         x_t: Tensor,
         t: Tensor,
         s: Tensor,
-        alpha_bar: Tensor,
+        levels: Tensor,
+        noise: Tensor | None,
         scale: Tensor,
+        marginal: bool,
         aux_weight: float,
         with_grad: bool,
     ) -> tuple[Tensor, Tensor]:
-        logits, x0, x_t, t, s = (a.contiguous() for a in (logits, x0, x_t, t, s))
-        alpha_bar, scale = alpha_bar.contiguous(), scale.contiguous()
+        logits, x0, x_t, t, s = _contiguous(logits, x0, x_t, t, s)
+        levels, noise, scale = _contiguous(levels, noise, scale)
         loss = logits.new_empty(x0.shape, dtype=_accumulator(logits))
         grad = logits.new_empty(logits.shape if with_grad else (0,))
-        self.extension.uniform_diffusion_loss(
+        self.extension.diffusion_loss(
             DTYPE[logits.dtype], logits.data_ptr(), x0.data_ptr(), x_t.data_ptr(), t.data_ptr(), s.data_ptr(),
-            alpha_bar.data_ptr(), alpha_bar.shape[0] - 1, *logits.shape, scale.data_ptr(), aux_weight,
+            _levels(levels, noise), *logits.shape, scale.data_ptr(), marginal, aux_weight,
             loss.data_ptr(), grad.data_ptr() if with_grad else 0, *self.where(logits),
         )  # fmt: skip
         return loss, grad
@@ -147,24 +160,29 @@ class CompiledKernels:
             *self.where(rows),
         )  # fmt: skip
 
-    def uniform_p_sample(
+    def p_sample(
         self,
         logits: Tensor,
+        unconditional: Tensor | None,
         x_t: Tensor,
         t: Tensor,
         s: Tensor,
-        alpha_bar: Tensor,
+        levels: Tensor,
+        noise: Tensor | None,
         known: Tensor | None,
+        marginal: bool,
         temperature: float,
+        guidance: float,
+        top_k: int,
+        top_p: float,
         key: Tensor,
     ) -> Tensor:
-        logits, x_t, t, s = (a.contiguous() for a in (logits, x_t, t, s))
-        alpha_bar, key = alpha_bar.contiguous(), key.contiguous()
-        known = None if known is None else known.contiguous()
+        logits, unconditional, x_t, t, s = _contiguous(logits, unconditional, x_t, t, s)
+        levels, noise, known, key = _contiguous(levels, noise, known, key)
         x_s = x_t.new_empty(x_t.shape)
-        self.extension.uniform_p_sample(
-            DTYPE[logits.dtype], logits.data_ptr(), x_t.data_ptr(), t.data_ptr(), s.data_ptr(),
-            alpha_bar.data_ptr(), alpha_bar.shape[0] - 1, *logits.shape, _address(known), temperature,
-            key.data_ptr(), x_s.data_ptr(), *self.where(logits),
+        self.extension.p_sample(
+            DTYPE[logits.dtype], logits.data_ptr(), _address(unconditional), x_t.data_ptr(), t.data_ptr(),
+            s.data_ptr(), _levels(levels, noise), *logits.shape, _address(known), marginal, temperature, guidance,
+            top_k, top_p, key.data_ptr(), x_s.data_ptr(), *self.where(logits),
         )  # fmt: skip
         return x_s

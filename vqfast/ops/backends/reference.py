@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from vqfast.kernels.codebook_stats.reference import codebook_stats
-from vqfast.kernels.diffusion_loss.reference import uniform_diffusion_loss, uniform_diffusion_loss_grad
+from vqfast.kernels.diffusion_loss.reference import diffusion_loss, diffusion_loss_grad
 from vqfast.kernels.lookup.reference import lookup, lookup_backward
 from vqfast.kernels.nearest.reference import nearest
-from vqfast.kernels.p_sample.reference import uniform_p_sample
-from vqfast.kernels.q_sample.reference import uniform_q_sample
+from vqfast.kernels.p_sample.reference import p_sample
+from vqfast.kernels.posterior.reference import posterior
+from vqfast.kernels.q_sample.reference import q_sample
 
 NAME = "reference"
 PRIORITY = 0
@@ -23,25 +24,33 @@ def unsupported(op: str, args: tuple) -> str | None:
     return None
 
 
-def _uniform_diffusion_loss(
+def _posterior(
+    logits: Tensor, x_t: Tensor, t: Tensor, s: Tensor, levels: Tensor, noise: Tensor | None, marginal: bool
+) -> Tensor:
+    return posterior(logits.double(), x_t, t, s, levels, noise, marginal).to(logits.dtype)
+
+
+def _diffusion_loss(
     logits: Tensor,
     x0: Tensor,
     x_t: Tensor,
     t: Tensor,
     s: Tensor,
-    alpha_bar: Tensor,
+    levels: Tensor,
+    noise: Tensor | None,
     scale: Tensor,
+    marginal: bool,
     aux_weight: float,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     # float64 throughout: near the data the KL is 1e-5 of the terms that it is a difference of.
-    wide = logits.double()
-    loss = uniform_diffusion_loss(wide, x0, x_t, t, s, alpha_bar, aux_weight)
-    loss = loss.to(torch.promote_types(logits.dtype, torch.float32))
+    args = (logits.double(), x0, x_t, t, s, levels, noise, marginal, aux_weight)
+    counts = scale != 0
+    loss = diffusion_loss(*args).where(counts, 0).to(torch.promote_types(logits.dtype, torch.float32))
     if not with_grad:
         return loss, logits.new_empty(0)
-    grad = uniform_diffusion_loss_grad(wide, x0, x_t, t, s, alpha_bar, aux_weight)
-    return loss, (grad * scale[:, None, None]).to(logits.dtype)
+    grad = diffusion_loss_grad(*args) * scale[..., None]
+    return loss, grad.where(counts[..., None], 0).to(logits.dtype)
 
 
 def _scale_rows_(rows: Tensor, scale: Tensor) -> None:
@@ -53,8 +62,9 @@ KERNELS = {
     "lookup": lookup,
     "lookup_backward": lookup_backward,
     "codebook_stats": codebook_stats,
-    "uniform_q_sample": uniform_q_sample,
-    "uniform_diffusion_loss": _uniform_diffusion_loss,
+    "q_sample": q_sample,
+    "posterior": _posterior,
+    "diffusion_loss": _diffusion_loss,
     "scale_rows_": _scale_rows_,
-    "uniform_p_sample": uniform_p_sample,
+    "p_sample": p_sample,
 }

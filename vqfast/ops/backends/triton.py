@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqfast.ops.backends.layout import as_rows
+from vqfast.ops.backends.layout import as_rows, beyond_uniform
 
 NAME = "triton"
 PRIORITY = 20
@@ -31,7 +31,7 @@ def unavailable(device_type: str) -> str | None:
 
 
 def unsupported(op: str, args: tuple) -> str | None:
-    return None if op in KERNELS else f"it has no kernel for {op}"
+    return beyond_uniform(op, args) if op in KERNELS else f"it has no kernel for {op}"
 
 
 def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,16 +80,19 @@ def _codebook_stats(x: Tensor, indices: Tensor, weights: Tensor | None, codebook
     return codebook_stats(_batches(x), indices.reshape(-1), weights, codebook_size)
 
 
-def _uniform_q_sample(*args: Any) -> Tensor:
+def _q_sample(x0: Tensor, t: Tensor, levels: Tensor, noise: None, codebook_size: int, key: Tensor) -> Tensor:
     from vqfast.kernels.q_sample.triton import uniform_q_sample
 
-    return uniform_q_sample(*args)
+    return uniform_q_sample(x0, t, levels[:, 0], codebook_size, key)
 
 
-def _uniform_diffusion_loss(*args: Any) -> tuple[Tensor, Tensor]:
+def _diffusion_loss(
+    logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor, levels: Tensor, noise: None, scale: Tensor,
+    marginal: bool, aux_weight: float, with_grad: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     from vqfast.kernels.diffusion_loss.triton import uniform_diffusion_loss
 
-    return uniform_diffusion_loss(*args)
+    return uniform_diffusion_loss(logits, x0, x_t, t, s, levels[:, 0], scale, aux_weight, with_grad)
 
 
 def _scale_rows_(rows: Tensor, scale: Tensor) -> None:
@@ -98,10 +101,13 @@ def _scale_rows_(rows: Tensor, scale: Tensor) -> None:
     scale_rows_(rows, scale)
 
 
-def _uniform_p_sample(*args: Any) -> Tensor:
+def _p_sample(
+    logits: Tensor, unconditional: None, x_t: Tensor, t: Tensor, s: Tensor, levels: Tensor, noise: None,
+    known: Tensor | None, marginal: bool, temperature: float, guidance: float, top_k: int, top_p: float, key: Tensor,
+) -> Tensor:  # fmt: skip
     from vqfast.kernels.p_sample.triton import uniform_p_sample
 
-    return uniform_p_sample(*args)
+    return uniform_p_sample(logits, x_t, t, s, levels[:, 0], known, temperature, key)
 
 
 KERNELS = {
@@ -109,8 +115,8 @@ KERNELS = {
     "lookup": _on_its_device(_lookup),
     "lookup_backward": _on_its_device(_lookup_backward),
     "codebook_stats": _on_its_device(_codebook_stats),
-    "uniform_q_sample": _on_its_device(_uniform_q_sample),
-    "uniform_diffusion_loss": _on_its_device(_uniform_diffusion_loss),
+    "q_sample": _on_its_device(_q_sample),
+    "diffusion_loss": _on_its_device(_diffusion_loss),
     "scale_rows_": _on_its_device(_scale_rows_),
-    "uniform_p_sample": _on_its_device(_uniform_p_sample),
+    "p_sample": _on_its_device(_p_sample),
 }

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from vqfast.kernels.philox import philox, uniform
-from vqfast.kernels.posterior.reference import shares, step_of
+from vqfast.kernels.posterior.reference import step_of
 from vqfast.kernels.q_sample.reference import draw_code, noised
 
 

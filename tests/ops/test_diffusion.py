@@ -6,8 +6,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import vqfast
 from vqfast.kernels.diffusion_loss.reference import diffusion_loss as definition
-from vqfast.kernels.posterior.reference import posterior
 from vqfast.kernels.philox import philox
+from vqfast.kernels.posterior.reference import posterior
 from vqfast.ops import Uniform, diffusion_loss, p_sample, q_sample, registry
 
 BACKENDS = [b for b, reason in registry.status("cpu").items() if reason is None]

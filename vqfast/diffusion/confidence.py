@@ -43,8 +43,8 @@ def sample_by_confidence(
 ) -> Tensor:
     """Draw codes in a few steps: each draws every masked token and keeps those of the highest confidence.
 
-    MaskGIT (Chang et al. 2022): after step i of n, cos(pi i / 2 n) of the unknown tokens are masked again. Confidence is
-    log p of the drawn code plus Gumbel noise times choice_temperature, which falls to 0 with the steps. This is no
+    MaskGIT (Chang et al. 2022): after step i of n, cos(pi i / 2 n) of the unknown tokens are masked again. Confidence
+    is log p of the drawn code plus Gumbel noise times choice_temperature, which falls to 0 with the steps. This is no
     sampler of the chain's distribution: it trades likelihood for fewer steps.
 
     Args:

@@ -97,8 +97,8 @@ class DiscreteDiffusion(nn.Module):
         prior = prior_kl(transition)
         if weighting == "elbo" and prior.isinf().all():
             raise ValueError(
-                f"transition: the bound of {transition} is infinite, its prior has nothing of x_0; expected alpha_bar to "
-                f"end at 0, got {transition.alpha_bar[-1].item():.3g}"
+                f"transition: the bound of {transition} is infinite, as its prior has nothing of x_0; "
+                f"expected alpha_bar to end at 0, got {transition.alpha_bar[-1].item():.3g}"
             )
         # Of each code, in nats; derived from the chain, so not saved with the model.
         self.register_buffer("prior_kl", prior, persistent=False)
@@ -178,7 +178,7 @@ class DiscreteDiffusion(nn.Module):
             tokens = diffusion_loss(logits, x0, x_t, t, weights=weights, aux_weight=self.aux_weight, **common)
             loss = tokens.sum() + prior.to(tokens.dtype)
         else:
-            weights = bits_per_nat * (1 - t / T) / (T * p_t)
+            weights = bits_per_nat * (1 - t.double() / T) / (T * p_t)
             loss = diffusion_loss(logits, x0, x_t, t, s=0, weights=weights, aux_weight=self.aux_weight, **common).sum()
         if self.aux_weight or self.weighting != "elbo":
             with torch.no_grad():
@@ -246,9 +246,7 @@ class DiscreteDiffusion(nn.Module):
             x_t = q_sample(x0, t, self.transition, generator=generator)
             level = torch.full((B,), t, dtype=torch.int64, device=x0.device)
             logits = self.predict(denoiser, x_t, level, labels)
-            loss = diffusion_loss(
-                logits, x0, x_t, level, self.transition, s=s, rule=self.rule, reduction="none"
-            )
+            loss = diffusion_loss(logits, x0, x_t, level, self.transition, s=s, rule=self.rule, reduction="none")
             terms.append(loss.double().sum(1))
         prior = self._prior_nats(x0)
         stacked = torch.stack(terms)

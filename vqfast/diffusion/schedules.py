@@ -63,8 +63,8 @@ def cosine_released(T: int) -> Tensor:
 def linear(T: int) -> Tensor:
     """alpha_bar = 1 - t / T: each step touches the same share of the tokens of an image.
 
-    Also called "reciprocal": a token that is left is touched with probability 1 / (T - t + 1) (D3PM, Austin et al. 2021,
-    section 3.1; the schedule of Unleashing Transformers).
+    Also called "reciprocal": a token that is left is touched with probability 1 / (T - t + 1) (D3PM, Austin et al.
+    2021, section 3.1; the schedule of Unleashing Transformers).
 
     Args:
         T: number of noise levels, at least 1.

@@ -1,6 +1,5 @@
 """Grids larger than the one that a denoiser was trained on, by windows that overlap."""
 
-import torch
 from torch import Tensor
 
 from vqfast.diffusion.sampler import Denoiser
@@ -53,11 +52,11 @@ class WindowedDenoiser:
         if x_t.ndim != 2 or x_t.shape[1] != H * W:
             raise ValueError(f"x_t: expected (B, {H * W}) for the grid {H} x {W}, got {tuple(x_t.shape)}")
         codes = x_t.unflatten(1, (H, W))
-        total, count = None, codes.new_zeros(H, W, 1)
+        total, count = None, codes.new_zeros(1, H, W, 1)
         for top, left in self.corners:
-            here = slice(top, top + h), slice(left, left + w)
-            p = self.denoiser(codes[:, *here].flatten(1), t, labels).float().softmax(-1).unflatten(1, (h, w))
+            here = slice(None), slice(top, top + h), slice(left, left + w)
+            p = self.denoiser(codes[here].flatten(1), t, labels).float().softmax(-1).unflatten(1, (h, w))
             total = p.new_zeros(*codes.shape, p.shape[-1]) if total is None else total
-            total[:, *here] += p
+            total[here] += p
             count[here] += 1
         return (total / count).log().flatten(1, 2)

@@ -70,6 +70,7 @@ class Transformer(nn.Module):
         depth: number of blocks.
         heads: attention heads.
         mlp_ratio: width of the MLP relative to `dim`.
+        mask_state: whether x_t has a state K, for masked codes, which is embedded and never predicted.
         num_classes: None for an unconditional model.
         class_dropout: share of labels dropped in training, for classifier-free guidance.
 
@@ -87,6 +88,7 @@ class Transformer(nn.Module):
         depth: int = 12,
         heads: int = 8,
         mlp_ratio: int = 4,
+        mask_state: bool = False,
         num_classes: int | None = None,
         class_dropout: float = 0.0,
     ):
@@ -98,7 +100,7 @@ class Transformer(nn.Module):
         self.T = T
         self.dim = dim
         self.heads = heads
-        self.embedding = nn.Embedding(codebook_size, dim)
+        self.embedding = nn.Embedding(codebook_size + mask_state, dim)
         self.time_mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.classes = None if num_classes is None else ClassEmbedding(num_classes, dim, class_dropout)
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))

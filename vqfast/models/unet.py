@@ -83,6 +83,7 @@ class UNet(nn.Module):
         mults: width of each level relative to `dim`; each level after the first halves the grid.
         groups: of the group norms.
         heads, head_dim: of the linear attention.
+        mask_state: whether x_t has a state K, for masked codes, which is embedded and never predicted.
         num_classes: None for an unconditional model.
         class_dropout: share of labels dropped in training, for classifier-free guidance.
 
@@ -101,6 +102,7 @@ class UNet(nn.Module):
         groups: int = 8,
         heads: int = 4,
         head_dim: int = 32,
+        mask_state: bool = False,
         num_classes: int | None = None,
         class_dropout: float = 0.0,
     ):
@@ -115,7 +117,7 @@ class UNet(nn.Module):
         self.halvings = len(mults) - 1
         self._check_divisible(*self.grid)
 
-        self.embedding = nn.Embedding(codebook_size, dim)
+        self.embedding = nn.Embedding(codebook_size + mask_state, dim)
         self.time_mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.Mish(), nn.Linear(4 * dim, dim))
         self.classes = None if num_classes is None else ClassEmbedding(num_classes, dim, class_dropout)
 

@@ -7,13 +7,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vqfast.diffusion import DiscreteDiffusion, Uniform, sample, schedule
+from vqfast.diffusion import (
+    Absorbing,
+    DiscreteDiffusion,
+    Marginal,
+    MaskAndReplace,
+    Transition,
+    Uniform,
+    mask_and_replace,
+    sample,
+    schedule,
+)
 from vqfast.models.conditioning import check_labels
 from vqfast.models.transformer import Transformer
 from vqfast.models.unet import UNet
 from vqfast.ops.checks import describe
 
 DENOISERS = ("unet", "transformer")
+TRANSITIONS = ("uniform", "absorbing", "mask_and_replace", "marginal")
 
 
 @dataclass
@@ -24,10 +35,13 @@ class VQDDMConfig:
 
     codebook_size: K of the auto-encoder. grid: (H, W) of its codes.
     denoiser: "unet" (sizes: dim, mults) or "transformer" (sizes: dim, depth, heads).
-    T, schedule: the forward chain, see vqfast.diffusion.schedules.
+    transition: family of the forward chain, one of TRANSITIONS, see vqfast.ops. T, schedule: its tables, see
+        vqfast.diffusion.schedules; for "mask_and_replace" also "vq_diffusion", the tables of that paper's code.
+    mask_share: for "mask_and_replace", which share of the noise is the mask state. marginal: for "marginal", the K
+        probabilities of the noise.
     num_classes: None for an unconditional model. class_dropout: share of labels dropped in training, which
         guidance and unconditional samples need.
-    parameterisation, aux_weight, time_sampling: see vqfast.diffusion.DiscreteDiffusion.
+    rule, parameterisation, aux_weight, time_sampling, weighting: see vqfast.diffusion.DiscreteDiffusion.
     """
 
     codebook_size: int
@@ -37,13 +51,18 @@ class VQDDMConfig:
     mults: tuple[int, ...] = (1, 2, 4, 8)
     depth: int = 12
     heads: int = 8
+    transition: str = "uniform"
     T: int = 4000
     schedule: str = "cosine"
+    mask_share: float = 0.9
+    marginal: tuple[float, ...] | None = None
     num_classes: int | None = None
     class_dropout: float = 0.1
+    rule: str = "joint"
     parameterisation: str = "x0"
     aux_weight: float = 0.0
     time_sampling: str = "importance"
+    weighting: str = "elbo"
 
     def __post_init__(self):
         self.grid, self.mults = tuple(self.grid), tuple(self.mults)  # JSON has lists only
@@ -51,6 +70,32 @@ class VQDDMConfig:
             raise ValueError(f"grid: expected two positive numbers (H, W), got {self.grid}")
         if self.denoiser not in DENOISERS:
             raise ValueError(f"denoiser: expected one of {', '.join(DENOISERS)}, got {self.denoiser!r}")
+        if self.transition not in TRANSITIONS:
+            raise ValueError(f"transition: expected one of {', '.join(TRANSITIONS)}, got {self.transition!r}")
+        if not 0 <= self.mask_share <= 1:
+            raise ValueError(f"mask_share: expected a share in 0..1, got {self.mask_share!r}")
+        if self.marginal is not None:
+            self.marginal = tuple(float(p) for p in self.marginal)
+        if self.transition == "marginal" and len(self.marginal or ()) != self.codebook_size:
+            raise ValueError(
+                f"marginal: expected {self.codebook_size} probabilities for the transition 'marginal', "
+                f"got {None if self.marginal is None else len(self.marginal)}"
+            )
+
+
+def build_transition(config: VQDDMConfig) -> Transition:
+    """The forward chain that the configuration names."""
+    K = config.codebook_size
+    if config.transition == "mask_and_replace" and config.schedule == "vq_diffusion":
+        return MaskAndReplace(K, *mask_and_replace(config.T))
+    alpha_bar = schedule(config.schedule, config.T)
+    if config.transition == "absorbing":
+        return Absorbing(K, alpha_bar)
+    if config.transition == "mask_and_replace":
+        return MaskAndReplace(K, alpha_bar, config.mask_share * (1 - alpha_bar))
+    if config.transition == "marginal":
+        return Marginal(torch.tensor(config.marginal, dtype=torch.float64), alpha_bar)
+    return Uniform(K, alpha_bar)
 
 
 def _build_denoiser(config: VQDDMConfig) -> nn.Module:
@@ -58,6 +103,7 @@ def _build_denoiser(config: VQDDMConfig) -> nn.Module:
         grid=config.grid,
         T=config.T,
         dim=config.dim,
+        mask_state=config.transition in ("absorbing", "mask_and_replace"),
         num_classes=config.num_classes,
         class_dropout=config.class_dropout,
     )
@@ -83,10 +129,12 @@ class VQDDM(nn.Module):
         self.config = config
         self.denoiser = _build_denoiser(config)
         self.diffusion = DiscreteDiffusion(
-            Uniform(config.codebook_size, schedule(config.schedule, config.T)),
+            build_transition(config),
+            rule=config.rule,
             parameterisation=config.parameterisation,
             aux_weight=config.aux_weight,
             time_sampling=config.time_sampling,
+            weighting=config.weighting,
         )
 
     @property
@@ -150,6 +198,8 @@ class VQDDM(nn.Module):
         *,
         steps: int | None = None,
         temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
         guidance_scale: float = 1.0,
         batch_size: int | None = None,
         generator: torch.Generator | None = None,
@@ -162,6 +212,7 @@ class VQDDM(nn.Module):
             labels: (n,) int64 classes, or one class for all; None draws without a class.
             steps: denoiser calls per grid, 1..T; None takes all T.
             temperature: divides the logits.
+            top_k, top_p: draw among the most likely codes only, see vqfast.ops.p_sample.
             guidance_scale: strength of classifier-free guidance; 1 is none.
             batch_size: grids at a time; None takes all n at once.
             generator: source of the random numbers.
@@ -178,7 +229,7 @@ class VQDDM(nn.Module):
             raise ValueError(f"n: expected a whole number, at least 1, got {n!r}")
         return self._draw(
             n, None, labels, batch_size, guidance_scale,
-            steps=steps, temperature=temperature, generator=generator, progress=progress,
+            steps=steps, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, progress=progress,
         )  # fmt: skip
 
     def inpaint(
@@ -189,6 +240,8 @@ class VQDDM(nn.Module):
         *,
         steps: int | None = None,
         temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
         guidance_scale: float = 1.0,
         batch_size: int | None = None,
         generator: torch.Generator | None = None,
@@ -221,12 +274,10 @@ class VQDDM(nn.Module):
         known = torch.where(mask.to(codes.device), -1, codes).reshape(flat.shape).to(self.device)
         return self._draw(
             flat.shape[0], known, labels, batch_size, guidance_scale,
-            steps=steps, temperature=temperature, generator=generator, progress=progress,
+            steps=steps, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, progress=progress,
         )  # fmt: skip
 
     def _draw(self, n, known, labels, batch_size, guidance_scale, **options) -> Tensor:
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {batch_size!r}")
         labels = self._labels(labels, n)
         guided = guidance_scale != 1.0
         if guided and (self.config.num_classes is None or self.config.class_dropout == 0):
@@ -235,22 +286,20 @@ class VQDDM(nn.Module):
                 f"got {guidance_scale}"
             )
         h, w = self.config.grid
-        drawn = []
         with self._evaluating():
-            for start in range(0, n, batch_size or n):
-                rows = slice(start, min(start + (batch_size or n), n))
-                codes = sample(
-                    self,
-                    (rows.stop - rows.start, h * w),
-                    self.diffusion.transition,
-                    labels=None if labels is None else labels[rows],
-                    known=None if known is None else known[rows],
-                    guidance_scale=guidance_scale,
-                    device=self.device,
-                    **options,
-                )
-                drawn.append(codes)
-        return torch.cat(drawn).view(n, h, w)
+            codes = sample(
+                self,
+                (n, h * w),
+                self.diffusion.transition,
+                rule=self.config.rule,
+                labels=labels,
+                known=known,
+                guidance_scale=guidance_scale,
+                batch_size=batch_size,
+                device=self.device,
+                **options,
+            )
+        return codes.view(n, h, w)
 
     def _flat(self, name: str, codes: Tensor) -> Tensor:
         """Codes (B, H, W) or (B, L) as (B, L)."""

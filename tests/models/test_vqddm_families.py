@@ -1,0 +1,101 @@
+"""VQ-DDM on every transition family: it trains, draws codes, keeps what is given, and its configuration says which."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from vqfast.models.unet import UNet
+from vqfast.models.vqddm import VQDDM, VQDDMConfig
+from vqfast.ops import Absorbing, Marginal, MaskAndReplace, Uniform
+
+K, T = 8, 12
+FAMILIES = {
+    "uniform": (Uniform, dict()),
+    "absorbing": (Absorbing, dict(schedule="reciprocal")),
+    "mask_and_replace": (MaskAndReplace, dict(rule="marginal", schedule="vq_diffusion")),
+    "marginal": (Marginal, dict(marginal=(0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.0))),
+}
+# Eight patterns among 4096 grids: runs of four codes.
+PATTERNS = (torch.arange(K)[:, None] + torch.arange(4)) % K
+
+
+def config(family: str, **options) -> VQDDMConfig:
+    small = dict(codebook_size=K, grid=(2, 2), denoiser="transformer", dim=32, depth=2, heads=2, T=T)
+    return VQDDMConfig(**small | dict(transition=family) | FAMILIES[family][1] | options)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("denoiser", ["transformer", "unet"])
+def test_trains_draws_and_completes(family, denoiser):
+    torch.manual_seed(0)
+    model = VQDDM(config(family, denoiser=denoiser, mults=(1, 2)))
+    assert type(model.diffusion.transition) is FAMILIES[family][0]
+    codes = torch.randint(K, (6, 2, 2), generator=seeded())
+    loss = model.training_step({"codes": codes})["loss"]
+    loss.backward()
+    assert loss.isfinite()
+    # The mask state is embedded, and only families that have one learn it.
+    assert model.denoiser.embedding.weight.shape[0] == model.diffusion.transition.states
+    drawn = model.sample(5, steps=4, top_k=6, generator=seeded())
+    assert drawn.shape == (5, 2, 2) and drawn.min() >= 0 and drawn.max() < K
+    mask = torch.tensor([[True, False], [True, True]])
+    completed = model.inpaint(codes, mask, steps=4, generator=seeded())
+    assert torch.equal(completed[:, ~mask], codes[:, ~mask]) and completed.max() < K
+    assert model.bits_per_dim(codes, steps=3, generator=seeded()).isfinite().all() or family == "marginal"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_configuration_goes_through_json(family):
+    made = config(family)
+    assert VQDDMConfig(**json.loads(json.dumps(asdict(made)))) == made
+
+
+def test_absorbing_diffusion_learns_a_distribution():
+    torch.manual_seed(0)
+    model = VQDDM(config("absorbing", weighting="reweighted"))
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2, betas=(0.9, 0.99))
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=120)
+    for _ in range(120):
+        loss = model.training_step({"codes": PATTERNS[torch.randint(K, (128,))].view(-1, 2, 2)})["loss"]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        rate.step()
+    codes = model.sample(300, generator=seeded()).flatten(1)
+    valid = (codes[:, None] == PATTERNS).all(-1).any(-1).double().mean()
+    assert valid > 0.4  # chance is 0.002
+    assert len(codes.unique(dim=0)) >= K
+
+
+def test_uniform_noise_has_the_published_number_of_parameters():
+    with torch.device("meta"):
+        plain, masked = UNet(1024), UNet(1024, mask_state=True)
+    count = lambda net: sum(p.numel() for p in net.parameters())
+    assert count(plain) == 117_586_568 and count(masked) - count(plain) == 128
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(transition="gaussian"), "transition: expected one of uniform, absorbing, mask_and_replace, marginal"),
+        (dict(transition="marginal"), "marginal: expected 8 probabilities"),
+        (dict(transition="mask_and_replace", mask_share=1.5), "mask_share: expected a share in 0..1"),
+    ],
+)
+def test_what_does_not_fit_is_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        VQDDMConfig(codebook_size=K, grid=(2, 2), **options)

@@ -19,6 +19,8 @@ from tests.uniform_ops import (
 )
 from vqfast import ops
 from vqfast.kernels.codebook_stats.reference import codebook_stats
+from vqfast.kernels.diffusion_loss import reference as definition
+from vqfast.kernels.diffusion_loss.spec import noised
 from vqfast.kernels.lookup.reference import lookup, lookup_backward
 from vqfast.kernels.lookup.spec import backward_inputs, inputs
 from vqfast.kernels.q_sample.spec import random_key
@@ -162,6 +164,24 @@ def test_a_small_loss_has_as_many_digits_as_a_large_one(K, margin, step):
     want = reference_loss(logits.double(), *arguments, 0.0)
     assert ((loss - want).abs() <= 1e-5 * want + 1e-13).all()
     want = reference_grad(logits.double(), *arguments, 0.0)
+    assert ((grad - want).abs() <= 1e-4 * want.abs().amax(-1, keepdim=True) + 1e-13).all()
+
+
+@pytest.mark.parametrize("family", ["absorbing", "mask_and_replace", "marginal"])
+@pytest.mark.parametrize("marginal", [False, True])
+@pytest.mark.parametrize("margin", [0.0, 12.0])
+@pytest.mark.parametrize("step", [1, 300])
+def test_a_small_loss_of_any_family_has_as_many_digits_as_a_large_one(family, marginal, margin, step):
+    K = 40
+    x0, x_t, t, s, *tables = noised(dict(B=24, L=16, K=K, T=1000, step=step, family=family), "cpu", 5)
+    logits = torch.randn(24, 16, K, generator=torch.Generator().manual_seed(6)) * 2
+    logits.scatter_add_(2, x0[..., None], torch.full((24, 16, 1), margin))
+    scale = torch.ones(24, 16, dtype=torch.float64)
+    arguments = (x0, x_t, t, s, *tables)
+    loss, grad = torch.ops.vqfast.diffusion_loss(logits, *arguments, scale, marginal, 0.0, True)
+    want = definition.diffusion_loss(logits.double(), *arguments, marginal, 0.0)
+    assert ((loss - want).abs() <= 1e-5 * want + 1e-13).all()
+    want = definition.diffusion_loss_grad(logits.double(), *arguments, marginal, 0.0)
     assert ((grad - want).abs() <= 1e-4 * want.abs().amax(-1, keepdim=True) + 1e-13).all()
 
 

@@ -1,4 +1,4 @@
-"""Benchmarks of the uniform transition: forward noise, loss with its gradient, reverse step.
+"""Benchmarks of uniform noise, joint rule: forward noise, loss with its gradient, reverse step.
 
 The eager peers are multinomial diffusion as it is usually written (Hoogeboom et al. 2021, eqs. 12-15): every
 distribution a dense (B, K, L) tensor of logarithms, mixed with logaddexp, drawn from by adding Gumbel noise.

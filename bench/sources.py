@@ -12,9 +12,9 @@ KERNELS = {
     "nearest": ("nearest",),
     "quantize_step": ("nearest", "lookup", "codebook_stats"),
     "codebook_stats": ("codebook_stats",),
-    "q_sample": ("q_sample",),
-    "diffusion_loss": ("diffusion_loss",),
-    "p_sample": ("p_sample",),
+    "q_sample": ("q_sample", "posterior"),
+    "diffusion_loss": ("diffusion_loss", "posterior"),
+    "p_sample": ("p_sample", "q_sample", "posterior"),
 }
 
 # First words of file names in csrc/cpu and csrc/cuda that belong to some ops only; every other file counts for all.
@@ -23,6 +23,7 @@ _FAMILIES = {
     "lookup": {"codebook", "lookup"},
     "codebook_stats": {"codebook"},
     "q_sample": {"diffusion", "sampling"},
+    "posterior": {"diffusion"},
     "diffusion_loss": {"diffusion"},
     "p_sample": {"diffusion", "sampling"},
 }

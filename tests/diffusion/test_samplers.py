@@ -206,6 +206,21 @@ class TestSample:
         codes = sample(same_logits(SHARES.log()), (200, 3), UNIFORM, steps=3, top_p=0.4, generator=seeded())
         assert (codes == 0).all()
 
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    @pytest.mark.parametrize("chain", [MASKING, UNIFORM], ids=["absorbing", "uniform"])
+    def test_a_captured_step_draws_the_same_distribution_anew_at_every_step(self, chain):
+        logits = SHARES.log().cuda()
+
+        def draw(seed):
+            generator = torch.Generator("cuda").manual_seed(seed)
+            options = dict(steps=6, device="cuda", generator=generator, cuda_graph=True)
+            return sample(same_logits(logits), (4000, 3), chain, **options).cpu()
+
+        first = draw(1)
+        assert_shares(first, SHARES)
+        assert torch.equal(draw(1), first) and not torch.equal(draw(2), first)
+
     @pytest.mark.parametrize(
         ("options", "words"),
         [

@@ -28,14 +28,14 @@ class GraphedStep:
 
     def _capture(self) -> None:
         # The runs before capture draw random numbers; the state is put back so that a seed gives the same sample.
-        source = self.generator or torch.cuda.default_generators[self.inputs[0].device.index or 0]
+        source = self.generator or torch.cuda.default_generators[torch.cuda.current_device()]
         state = source.get_state()
-        stream = torch.cuda.Stream(self.inputs[0].device)
-        stream.wait_stream(torch.cuda.current_stream(self.inputs[0].device))
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
                 self.step(*self.inputs)
-        torch.cuda.current_stream(self.inputs[0].device).wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(stream)
         source.set_state(state)
         self.graph = torch.cuda.CUDAGraph()
         if self.generator is not None:
@@ -44,9 +44,10 @@ class GraphedStep:
             self.output = self.step(*self.inputs)
 
     def __call__(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        for held, given in zip(self.inputs, (x, t, s), strict=True):
-            held.copy_(given)
-        if self.graph is None:
-            self._capture()
-        self.graph.replay()
-        return self.output.clone()
+        with torch.cuda.device(x.device):
+            for held, given in zip(self.inputs, (x, t, s), strict=True):
+                held.copy_(given)
+            if self.graph is None:
+                self._capture()
+            self.graph.replay()
+            return self.output.clone()

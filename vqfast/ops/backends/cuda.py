@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from vqfast.ops.backends.compiled import CompiledKernels
-from vqfast.ops.backends.layout import DTYPE, beyond_uniform
+from vqfast.ops.backends.layout import DTYPE
+from vqfast.ops.backends.uniform_only import beyond_uniform
 
 try:
     import vqfast._cuda as _cuda

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqfast.ops.backends.layout import as_rows, beyond_uniform
+from vqfast.ops.backends.layout import as_rows
+from vqfast.ops.backends.uniform_only import beyond_uniform
 
 NAME = "triton"
 PRIORITY = 20

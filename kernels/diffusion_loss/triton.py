@@ -71,9 +71,12 @@ def _diffusion_loss_kernel(
     logits_ptr += sample * stride_b + (row % L) * stride_l
     grad_ptr += row * K
     block = tl.arange(0, BLOCK)
+    # A token that does not count is not read, for its logits may be anything: as zeros they give a gradient of 0.
+    width = tl.where(tl.load(scale_ptr + row) == 0, 0, K)
+    absent = tl.where(width == 0, 0.0, float("-inf")).to(dtype)
 
     if ONE_BLOCK:
-        logits = tl.load(logits_ptr + block, mask=block < K, other=float("-inf")).to(dtype)
+        logits = tl.load(logits_ptr + block, mask=block < width, other=absent).to(dtype)
         peak = tl.max(logits, 0)
         weights = tl.exp(logits - peak)
         total = tl.sum(weights.to(tl.float64), 0)
@@ -81,7 +84,7 @@ def _diffusion_loss_kernel(
         peak = tl.full((), float("-inf"), dtype)
         total = tl.full((), 0.0, tl.float64)
         for start in range(0, K, BLOCK):
-            logits = tl.load(logits_ptr + start + block, mask=start + block < K, other=float("-inf")).to(dtype)
+            logits = tl.load(logits_ptr + start + block, mask=start + block < width, other=absent).to(dtype)
             higher = tl.maximum(peak, tl.max(logits, 0))
             # A row that begins with -inf has no peak yet.
             shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -92,9 +95,9 @@ def _diffusion_loss_kernel(
     x_t = tl.minimum(tl.maximum(tl.load(x_t_ptr + row), 0), K - 1)
     same = tl.where(x0 == x_t, 1.0, 0.0).to(tl.float64)
     peak64 = peak.to(tl.float64)
-    log_p_x0 = tl.load(logits_ptr + x0).to(tl.float64) - peak64 - tl.log(total)
+    log_p_x0 = tl.load(logits_ptr + x0, mask=x0 < width, other=0.0).to(tl.float64) - peak64 - tl.log(total)
     p_x0 = tl.exp(log_p_x0)
-    p_x_t = tl.exp(tl.load(logits_ptr + x_t).to(tl.float64) - peak64 - tl.log(total))
+    p_x_t = tl.exp(tl.load(logits_ptr + x_t, mask=x_t < width, other=0.0).to(tl.float64) - peak64 - tl.log(total))
 
     alpha_t = tl.load(alpha_bar_ptr + tl.minimum(tl.maximum(tl.load(t_ptr + sample), 0), T))
     alpha_s = tl.load(alpha_bar_ptr + tl.minimum(tl.maximum(tl.load(s_ptr + sample), 0), T))
@@ -119,7 +122,7 @@ def _diffusion_loss_kernel(
         sum_share = tl.full((), 0.0, tl.float64)
         for start in range(0, K, BLOCK):
             k = start + block
-            logits = tl.load(logits_ptr + k, mask=k < K, other=float("-inf")).to(dtype)
+            logits = tl.load(logits_ptr + k, mask=k < width, other=absent).to(dtype)
             part_log, part_share = _sums(tl.exp(logits - peak) * odds_factor.to(dtype), (k != x0) & (k != x_t))
             sum_log += part_log
             sum_share += part_share
@@ -132,11 +135,10 @@ def _diffusion_loss_kernel(
     auxiliary = tl.where(aux_weight == 0, 0.0, -log_p_x0 * aux_weight)
     loss = tl.where(moves, kl, 0.0) + auxiliary
     loss = tl.where(total == total, loss, total)
-    scale = tl.load(scale_ptr + row)
-    counts = scale != 0
-    tl.store(loss_ptr + row, tl.where(counts, loss, 0.0).to(loss_ptr.dtype.element_ty))
+    tl.store(loss_ptr + row, tl.where(tl.load(scale_ptr + row) == 0, 0.0, loss).to(loss_ptr.dtype.element_ty))
 
     if WITH_GRAD:
+        scale = tl.load(scale_ptr + row)
         live = tl.where(moves, scale, 0.0)
         r_x0 = q_x0 * tl.where(noisy, A * p_x0 / (1 + A * p_x0), 1.0)
         r_x_t = q_x_t * (A * p_x_t / (1 + A * p_x_t))
@@ -148,14 +150,14 @@ def _diffusion_loss_kernel(
         grad_q = tl.where(moves, live * q, 0.0)
         if ONE_BLOCK:
             grad = _gradient(weights, block, x0, x_t, p_factor, odds_factor, grad_q, grad_x0, grad_x_t)
-            tl.store(grad_ptr + block, tl.where(counts, grad, 0.0).to(grad_ptr.dtype.element_ty), mask=block < K)
+            tl.store(grad_ptr + block, grad.to(grad_ptr.dtype.element_ty), mask=block < K)
         else:
             for start in range(0, K, BLOCK):
                 k = start + block
-                logits = tl.load(logits_ptr + k, mask=k < K, other=float("-inf")).to(dtype)
+                logits = tl.load(logits_ptr + k, mask=k < width, other=absent).to(dtype)
                 weights = tl.exp(logits - peak)
                 grad = _gradient(weights, k, x0, x_t, p_factor, odds_factor, grad_q, grad_x0, grad_x_t)
-                tl.store(grad_ptr + k, tl.where(counts, grad, 0.0).to(grad_ptr.dtype.element_ty), mask=k < K)
+                tl.store(grad_ptr + k, grad.to(grad_ptr.dtype.element_ty), mask=k < K)
 
 
 def uniform_diffusion_loss(

@@ -27,13 +27,21 @@ vqfast_rows rows(const py::tuple &view) {
           view[3].cast<int64_t>(),                         view[4].cast<int64_t>(), view[5].cast<int64_t>()};
 }
 
-int64_t nearest(int dtype, const py::tuple &x, int64_t D, uintptr_t codebook, int64_t K, uintptr_t indices) {
+int64_t nearest(int dtype, int metric, bool exact, const py::tuple &x, int64_t heads, int64_t stride_head, int64_t D,
+                uintptr_t codebook, int64_t K, uintptr_t mask, uintptr_t prepared, uintptr_t indices) {
   const vqfast_rows view = rows(x);
   py::gil_scoped_release release;
   int64_t reranked = 0;
-  check(vqfast_cpu_nearest((vqfast_dtype)dtype, view, D, pointer<const void>(codebook), K,
-                           pointer<int64_t>(indices), &reranked));
+  check(vqfast_cpu_nearest((vqfast_dtype)dtype, (vqfast_metric)metric, exact, view, heads, stride_head, D,
+                           pointer<const void>(codebook), K, pointer<const uint8_t>(mask),
+                           pointer<const void>(prepared), pointer<int64_t>(indices), &reranked));
   return reranked;
+}
+
+void nearest_prepare(int dtype, int metric, int64_t heads, int64_t D, uintptr_t codebook, int64_t K,
+                     uintptr_t prepared) {
+  check(vqfast_cpu_nearest_prepare((vqfast_dtype)dtype, (vqfast_metric)metric, heads, D, pointer<const void>(codebook),
+                                   K, pointer<void>(prepared)));
 }
 
 void lookup(int dtype, const py::tuple &x, int64_t D, uintptr_t codebook, int64_t K, uintptr_t indices,
@@ -108,6 +116,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return vqfast::kernels().name; });
   m.def("isa_error", [] { return vqfast::isa_error(); });
   m.def("nearest", &nearest);
+  m.def("nearest_prepare_bytes", &vqfast_cpu_nearest_prepare_bytes);
   m.def("lookup", &lookup);
   m.def("lookup_backward", &lookup_backward);
   m.def("codebook_stats", &codebook_stats);
@@ -115,4 +124,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("diffusion_loss", &diffusion_loss);
   m.def("scale_rows", &scale_rows, py::call_guard<py::gil_scoped_release>());
   m.def("p_sample", &p_sample);
+  m.def("nearest_prepare", &nearest_prepare, py::call_guard<py::gil_scoped_release>());
 }

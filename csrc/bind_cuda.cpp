@@ -57,11 +57,13 @@ int64_t nearest_scratch(int64_t N, int64_t D, int64_t K, int device) {
   return bytes;
 }
 
-void nearest(int dtype, const py::tuple &x, int64_t D, uintptr_t codebook, int64_t K, uintptr_t indices,
-             uintptr_t reranked, uintptr_t scratch, int device, uintptr_t stream) {
-  check(vqfast_cuda_nearest((vqfast_dtype)dtype, rows(x), D, pointer<const void>(codebook), K,
-                            pointer<int64_t>(indices), pointer<int64_t>(reranked), pointer<void>(scratch), device,
-                            pointer<void>(stream)));
+void nearest(int dtype, int metric, bool exact, const py::tuple &x, int64_t heads, int64_t stride_head, int64_t D,
+             uintptr_t codebook, int64_t K, uintptr_t mask, uintptr_t prepared, uintptr_t indices, uintptr_t reranked,
+             uintptr_t scratch, int device, uintptr_t stream) {
+  check(vqfast_cuda_nearest((vqfast_dtype)dtype, (vqfast_metric)metric, exact, rows(x), heads, stride_head, D,
+                            pointer<const void>(codebook), K, pointer<const uint8_t>(mask),
+                            pointer<const void>(prepared), pointer<int64_t>(indices), pointer<int64_t>(reranked),
+                            pointer<void>(scratch), device, pointer<void>(stream)));
 }
 
 void lookup(int dtype, const py::tuple &x, int64_t D, uintptr_t codebook, int64_t K, uintptr_t indices,

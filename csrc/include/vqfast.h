@@ -26,16 +26,28 @@ enum {
 
 typedef enum { VQFAST_F32 = 0, VQFAST_F64 = 1, VQFAST_BF16 = 2, VQFAST_F16 = 3 } vqfast_dtype;
 
+typedef enum { VQFAST_L2 = 0, VQFAST_DOT = 1, VQFAST_COSINE = 2 } vqfast_metric;
+
 typedef struct {
   const void *data;
   int64_t batch, rows;
   int64_t stride_batch, stride_row, stride_feature;
 } vqfast_rows;
 
-/* nearest: indices[n] = argmin_k ||x_n - codebook_k||^2, ties to the lowest index. codebook (K, D), both of `dtype`.
- * reranked, if not null, receives how many rows were decided in float64. */
-int vqfast_cpu_nearest(vqfast_dtype dtype, vqfast_rows x, int64_t D, const void *codebook, int64_t K,
-                       int64_t *indices, int64_t *reranked);
+/* nearest: indices (N, heads) of the code with the least distance, largest product or largest cosine, ties to the lowest
+ * index; codebook (heads, K, D), both of `dtype`. x is the view of head 0, the others follow at stride_head elements.
+ * exact 0 leaves out what the scores cannot decide. mask (N, heads) bytes or null: where 0, the index is -1. prepared:
+ * what ..._prepare wrote for this dtype, metric and codebook, or null. reranked, if not null, receives how many rows
+ * were decided in float64. */
+int vqfast_cpu_nearest(vqfast_dtype dtype, vqfast_metric metric, int exact, vqfast_rows x, int64_t heads,
+                       int64_t stride_head, int64_t D, const void *codebook, int64_t K, const uint8_t *mask,
+                       const void *prepared, int64_t *indices, int64_t *reranked);
+
+/* The packed codebook and the facts of its bound, for many searches: `prepared` has prepare_bytes, aligned to 64, and is
+ * read by this process only (its layout is that of the instruction set in use). */
+int64_t vqfast_cpu_nearest_prepare_bytes(int64_t heads, int64_t D, int64_t K);
+int vqfast_cpu_nearest_prepare(vqfast_dtype dtype, vqfast_metric metric, int64_t heads, int64_t D,
+                               const void *codebook, int64_t K, void *prepared);
 
 /* lookup: quantized (N, D) of `dtype`, error (N) float32 (float64 for F64), counts (K). indices[n] in -1..K-1. */
 int vqfast_cpu_lookup(vqfast_dtype dtype, vqfast_rows x, int64_t D, const void *codebook, int64_t K,
@@ -79,9 +91,11 @@ int vqfast_cpu_p_sample(vqfast_dtype dtype, const void *logits, const void *unco
 /* CUDA. ..._scratch writes how many bytes of device memory an op needs for these sizes on this device. */
 int vqfast_cuda_nearest_scratch(int64_t N, int64_t D, int64_t K, int device, int64_t *bytes);
 
-/* reranked, if not null, is device memory. */
-int vqfast_cuda_nearest(vqfast_dtype dtype, vqfast_rows x, int64_t D, const void *codebook, int64_t K,
-                        int64_t *indices, int64_t *reranked, void *scratch, int device, void *stream);
+/* reranked, if not null, is device memory. Nothing is prepared: `prepared` is not read. */
+int vqfast_cuda_nearest(vqfast_dtype dtype, vqfast_metric metric, int exact, vqfast_rows x, int64_t heads,
+                        int64_t stride_head, int64_t D, const void *codebook, int64_t K, const uint8_t *mask,
+                        const void *prepared, int64_t *indices, int64_t *reranked, void *scratch, int device,
+                        void *stream);
 
 int vqfast_cuda_lookup(vqfast_dtype dtype, vqfast_rows x, int64_t D, const void *codebook, int64_t K,
                        const int64_t *indices, void *quantized, void *error, int64_t *counts, int device,

@@ -99,12 +99,13 @@ const std::map<std::string, void (*)(const Call &)> kLaunchers = {
     {"nearest",
      [](const Call &c) {
        const vqfast_rows x = c.rows(1, 0);
-       const int64_t D = c.ints[7], K = c.ints[8];
+       const int64_t D = c.ints[7], K = c.ints[8], heads = c.ints[11], stride_head = c.ints[12];
        int64_t bytes;
        run(vqfast_cuda_nearest_scratch(x.batch * x.rows, D, K, kDevice, &bytes));
        void *scratch = poisoned(bytes);
-       run(vqfast_cuda_nearest(c.dtype(), x, D, c.buffers[1], K, c.at<int64_t>(2), c.at<int64_t>(3), scratch, kDevice,
-                               nullptr));
+       run(vqfast_cuda_nearest(c.dtype(), (vqfast_metric)c.ints[9], (int)c.ints[10], x, heads, stride_head, D,
+                               c.buffers[1], K, c.at<uint8_t>(2), nullptr, c.at<int64_t>(3), c.at<int64_t>(4), scratch,
+                               kDevice, nullptr));
        free(scratch);
      }},
     {"lookup",
@@ -166,8 +167,8 @@ const std::map<std::string, void (*)(const Call &)> kLaunchers = {
        int64_t size;
        run(vqfast_cuda_nearest_scratch(N, D, K, kDevice, &size));
        void *scratch = poisoned(size);
-       run(vqfast_cuda_nearest(VQFAST_F32, view, D, c.buffers[1], K, c.at<int64_t>(2), nullptr, scratch, kDevice,
-                               nullptr));
+       run(vqfast_cuda_nearest(VQFAST_F32, VQFAST_L2, 1, view, 1, 0, D, c.buffers[1], K, nullptr, nullptr,
+                               c.at<int64_t>(2), nullptr, scratch, kDevice, nullptr));
        free(scratch);
        run(vqfast_cuda_lookup(VQFAST_F32, view, D, c.buffers[1], K, c.at<int64_t>(2), c.buffers[3], c.buffers[4],
                               c.at<int64_t>(5), kDevice, nullptr));

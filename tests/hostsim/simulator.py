@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqfast.ops.backends.layout import DTYPE, as_rows
+from vqfast.ops.backends.layout import DTYPE, METRIC, as_heads, as_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 # Not contracted: exact_distance.h. No aliasing rules: kernels read elements in vectors of 16 bytes.
@@ -182,11 +182,20 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def nearest(x: Tensor, codebook: Tensor) -> Call:
-    """Writes indices and how many rows were decided by exact distance."""
-    place, memory = view(x)
+def nearest(
+    x: Tensor, codebook: Tensor, mask: Tensor | None = None, prepared: None = None, metric: str = "l2",
+    exact: bool = True,
+) -> Call:  # fmt: skip
+    """Writes indices and how many rows were decided exactly. Heads are read from contiguous x (..., H, D)."""
+    heads, stride_head = 1, 0
+    if codebook.ndim == 3:
+        (rows, heads, stride_head), memory = as_heads(x), x.reshape(-1)
+        place = (*rows.view[1:], 0)
+    else:
+        place, memory = view(x)
     outputs = [Written(x.shape[:-1], torch.int64), Written((1,), torch.int64)]
-    return Call("nearest", [DTYPE[x.dtype], *place, x.shape[-1], codebook.shape[0]], [], [memory, codebook, *outputs])
+    sizes = [x.shape[-1], codebook.shape[-2], METRIC[metric], int(exact), heads, stride_head]
+    return Call("nearest", [DTYPE[x.dtype], *place, *sizes], [], [memory, codebook, mask, *outputs])
 
 
 def lookup(x: Tensor, codebook: Tensor, indices: Tensor) -> Call:

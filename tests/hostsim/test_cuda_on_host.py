@@ -15,6 +15,7 @@ from vqfast.kernels.lookup.reference import lookup, lookup_backward
 from vqfast.kernels.nearest.reference import nearest
 from vqfast.kernels.q_sample.spec import random_key
 from vqfast.kernels.specs import SPECS as ALL_SPECS
+from vqfast.ops.prepare import METRICS
 
 SPECS = [spec for spec in ALL_SPECS if spec.op in simulator.CALLS]
 SPEC = {spec.op: spec for spec in SPECS}
@@ -83,6 +84,7 @@ def test_no_two_threads_race_for_memory(spec):
         # Equal codes and a row that is not finite: what exact distance decides.
         x[4] = torch.nan
         cases[1] = (x, codebook[:350].repeat(2, 1))
+        cases.append((*cases[1], None, None, "cosine"))
     if spec.op.startswith("lookup"):
         # Channel-first vectors, whose rows and features are read by other threads than use them.
         cases.append(tuple(a.T.contiguous().T if a.shape == (70, 37) else a for a in cases[1]))
@@ -168,12 +170,40 @@ class TestNearest:
         assert torch.equal(indices, nearest(x, codebook))
         assert set(indices.tolist()) == {10, 50} and decided_exactly == 64
 
-    @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e12, 1e25])
-    def test_scales_at_which_float32_scores_underflow_or_overflow(self, scale):
+    @pytest.mark.parametrize("metric", METRICS)
+    def test_scales_whose_squares_leave_float32(self, metric):
+        """A power of two brings the scores back into range: no more rows stay open than at any other scale."""
         g = torch.Generator().manual_seed(6)
-        x, codebook = torch.randn(40, 10, generator=g) * scale, torch.randn(60, 10, generator=g) * scale
-        indices, _ = run_one(simulator.nearest(x, codebook))
-        assert torch.equal(indices, nearest(x, codebook))
+        x, codebook = torch.randn(40, 10, generator=g), torch.randn(60, 10, generator=g)
+        pairs = [(x * scale, codebook * scale) for scale in (1e-38, 1e-30, 1e-15, 1e12, 1e25, 1e37)]
+        results = simulator.run([simulator.nearest(*pair, metric=metric) for pair in pairs])
+        for pair, (indices, decided_exactly) in zip(pairs, results, strict=True):
+            assert torch.equal(indices, nearest(*pair, metric=metric)) and decided_exactly <= 3
+
+    @pytest.mark.parametrize("metric", METRICS)
+    def test_ties_zeros_and_what_is_not_finite(self, metric):
+        g = torch.Generator().manual_seed(10)
+        x, codebook = torch.randn(30, 7, generator=g), torch.randn(40, 7, generator=g).repeat(8, 1)
+        codebook[40:80] *= 2
+        codebook[80], codebook[0, 1], codebook[1, 2] = 0, torch.nan, torch.inf
+        x[3], x[4, 2], x[5, 0] = 0, torch.nan, -torch.inf
+        for dtype in DTYPES:
+            pair = x.to(dtype), codebook.to(dtype)
+            indices, decided_exactly = run_one(simulator.nearest(*pair, metric=metric))
+            assert torch.equal(indices, nearest(*pair, metric=metric))
+            assert indices[4:6].tolist() == [0, 0] and decided_exactly >= 3
+
+    @pytest.mark.parametrize("metric", METRICS)
+    def test_heads_mask_and_scores_alone(self, metric):
+        g = torch.Generator().manual_seed(11)
+        x, codebook = torch.randn(2, 50, 3, 6, generator=g), torch.randn(3, 150, 6, generator=g).repeat(1, 2, 1)
+        mask = torch.rand(2, 50, 3, generator=g) > 0.4
+        calls = [simulator.nearest(x, codebook, mask, metric=metric, exact=exact) for exact in (True, False)]
+        (indices, decided_exactly), (fast, none) = simulator.run(calls)
+        want = nearest(x, codebook, mask, metric)
+        assert torch.equal(indices, want) and decided_exactly == mask.sum()
+        # Every code is there twice.
+        assert torch.equal(torch.where(mask, fast % 150, -1), want) and none == 0
 
     @pytest.mark.parametrize("scale", [1e-150, 1e-60, 1e60, 1e150])
     def test_float64_beyond_the_range_of_float32(self, scale):
@@ -181,7 +211,7 @@ class TestNearest:
         x = torch.randn(30, 10, generator=g, dtype=torch.float64) * scale
         codebook = torch.randn(300, 10, generator=g, dtype=torch.float64) * scale
         indices, decided_exactly = run_one(simulator.nearest(x, codebook))
-        assert torch.equal(indices, nearest(x, codebook)) and decided_exactly == 30
+        assert torch.equal(indices, nearest(x, codebook)) and decided_exactly <= 2
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_nan_and_infinity(self, dtype):

@@ -2,6 +2,7 @@
 
 from vqfast.ops.registry import backend  # isort: skip  (first: it registers the ops that the others bind)
 from vqfast.ops.diffusion import diffusion_loss, p_sample, posterior, prior_kl, q_sample
+from vqfast.ops.prepare import PreparedCodebook, prepare
 from vqfast.ops.search import Quantized, codebook_stats, nearest_code, quantize
 from vqfast.ops.transitions import Absorbing, Marginal, MaskAndReplace, Transition, Uniform
 
@@ -9,6 +10,7 @@ __all__ = [
     "Absorbing",
     "Marginal",
     "MaskAndReplace",
+    "PreparedCodebook",
     "Quantized",
     "Transition",
     "Uniform",
@@ -19,6 +21,7 @@ __all__ = [
     "p_sample",
     "posterior",
     "prior_kl",
+    "prepare",
     "q_sample",
     "quantize",
 ]

@@ -43,20 +43,40 @@ def check_device(reference_name: str, reference: Tensor, **others: Tensor | None
 
 
 def check_codebook(x: Any, codebook: Any) -> None:
-    """x: (..., D) and codebook: (K, D), the same float dtype and device, K >= 1."""
+    """x: (..., D) and codebook: (K, D), or (..., H, D) and (H, K, D): the same float dtype and device, K >= 1."""
     check_float("x", x)
     check_float("codebook", codebook)
-    if x.ndim < 1:
+    check_codes(codebook)
+    # Each look at a shape or a device makes an object; together they would be a tenth of a small search.
+    shape, codes = x.shape, codebook.shape
+    if not shape:
         raise ValueError(f"x: expected at least one dimension (..., D), got {describe(x)}")
-    if codebook.ndim != 2:
-        raise ValueError(f"codebook: expected two dimensions (K, D), got {describe(codebook)}")
-    if x.shape[-1] != codebook.shape[-1]:
-        raise ValueError(f"codebook: expected D = {x.shape[-1]} as in x {tuple(x.shape)}, got {describe(codebook)}")
-    if codebook.shape[0] == 0 or codebook.shape[1] == 0:
-        raise ValueError(f"codebook: expected at least one code and one dimension, got {describe(codebook)}")
+    if shape[-1] != codes[-1]:
+        raise ValueError(f"codebook: expected D = {shape[-1]} as in x {tuple(shape)}, got {describe(codebook)}")
+    if len(codes) == 3 and (len(shape) < 2 or shape[-2] != codes[0]):
+        raise ValueError(
+            f"x: expected (..., H, D) = (..., {codes[0]}, {codes[2]}) for a codebook of shape (H, K, D), "
+            f"got {describe(x)}"
+        )
     if x.dtype != codebook.dtype:
         raise TypeError(f"codebook: expected the dtype of x, {x.dtype}, got {describe(codebook)}")
-    check_device("x", x, codebook=codebook)
+    if not (x.is_cpu and codebook.is_cpu):
+        check_device("x", x, codebook=codebook)
+
+
+def check_codes(codebook: Tensor) -> None:
+    """codebook: (K, D) or (H, K, D), no dimension empty."""
+    if codebook.ndim != 2 and codebook.ndim != 3:
+        raise ValueError(
+            f"codebook: expected two dimensions (K, D), or three (H, K, D) for heads, got {describe(codebook)}"
+        )
+    if 0 in codebook.shape:
+        raise ValueError(f"codebook: expected at least one code and one dimension, got {describe(codebook)}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def check_mask(mask: Any, x: Tensor) -> None:

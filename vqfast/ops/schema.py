@@ -19,8 +19,30 @@ def _accumulator(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _nearest(x: Tensor, codebook: Tensor) -> Tensor:
+def _nearest(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None = None,
+    prepared: Tensor | None = None,
+    metric: str = "l2",
+    exact: bool = True,
+) -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=torch.int64)
+
+
+def _nearest_counted(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None = None,
+    prepared: Tensor | None = None,
+    metric: str = "l2",
+    exact: bool = True,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[:-1], dtype=torch.int64), x.new_empty((), dtype=torch.int64)
+
+
+def _nearest_prepare(codebook: Tensor, metric: str) -> Tensor:
+    return codebook.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
 
 def _lookup(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,7 +117,10 @@ def _p_sample(
     return x_t.new_empty(x_t.shape)
 
 
-_define("nearest(Tensor x, Tensor codebook) -> Tensor", _nearest)
+_SEARCH = 'Tensor x, Tensor codebook, Tensor? mask=None, Tensor? prepared=None, str metric="l2", bool exact=True'
+_define(f"nearest({_SEARCH}) -> Tensor", _nearest)
+_define(f"nearest_counted({_SEARCH}) -> (Tensor, Tensor)", _nearest_counted)
+_define("nearest_prepare(Tensor codebook, str metric) -> Tensor", _nearest_prepare)
 _define("lookup(Tensor x, Tensor codebook, Tensor indices) -> (Tensor, Tensor, Tensor)", _lookup)
 _define(
     "lookup_backward(Tensor grad_quantized, Tensor grad_error, Tensor x, Tensor codebook, Tensor indices) -> Tensor",

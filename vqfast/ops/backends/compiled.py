@@ -5,7 +5,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from vqfast.ops.backends.layout import DTYPE, as_rows
+from vqfast.ops.backends.layout import DTYPE, METRIC, as_heads, as_rows
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -39,8 +39,8 @@ class CompiledKernels:
         """The launchers' last arguments: where to run."""
         return ()
 
-    def search_memory(self, x: Tensor, codebook: Tensor) -> tuple[Tensor | None, ...]:
-        """Further buffers of `nearest`, between its results and `where`."""
+    def search_memory(self, x: Tensor, codebook: Tensor, reranked: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Further buffers of `nearest`, between its results and `where`; `reranked` takes the count, if not None."""
         return ()
 
     def stats_memory(self, x: Tensor, codebook_size: int) -> tuple[Tensor | None, ...]:
@@ -50,6 +50,7 @@ class CompiledKernels:
     def kernels(self) -> dict:
         return {
             "nearest": self.nearest,
+            "nearest_counted": self.nearest_counted,
             "lookup": self.lookup,
             "lookup_backward": self.lookup_backward,
             "codebook_stats": self.codebook_stats,
@@ -59,15 +60,57 @@ class CompiledKernels:
             "p_sample": self.p_sample,
         }
 
-    def nearest(self, x: Tensor, codebook: Tensor) -> Tensor:
-        rows, codebook = as_rows(x), codebook.contiguous()
-        indices = x.new_empty(x.shape[:-1], dtype=torch.int64)
-        memory = self.search_memory(x, codebook)
-        self.extension.nearest(
-            DTYPE[x.dtype], rows.view, x.shape[-1], codebook.data_ptr(), codebook.shape[0], indices.data_ptr(),
+    def _search(
+        self,
+        x: Tensor,
+        codebook: Tensor,
+        mask: Tensor | None,
+        prepared: Tensor | None,
+        metric: str,
+        exact: bool,
+        reranked: Tensor | None,
+    ) -> tuple[Tensor, int | None]:
+        shape, codebook = x.shape, codebook.contiguous()
+        if codebook.ndim == 3:
+            rows, heads, stride_head = as_heads(x)
+        else:
+            rows, heads, stride_head = as_rows(x), 1, 0
+        if mask is not None:
+            mask = mask.contiguous()
+        # By keyword: torch reads a size given by position a microsecond slower.
+        indices = x.new_empty(size=shape[:-1], dtype=torch.int64)
+        memory = self.search_memory(x, codebook, reranked)
+        counted = self.extension.nearest(
+            DTYPE[x.dtype], METRIC[metric], exact, rows.view, heads, stride_head, shape[-1], codebook.data_ptr(),
+            codebook.shape[-2], _address(mask), _address(prepared), indices.data_ptr(),
             *map(_address, memory), *self.where(x),
         )  # fmt: skip
-        return indices
+        return indices, counted
+
+    def nearest(
+        self,
+        x: Tensor,
+        codebook: Tensor,
+        mask: Tensor | None = None,
+        prepared: Tensor | None = None,
+        metric: str = "l2",
+        exact: bool = True,
+    ) -> Tensor:
+        return self._search(x, codebook, mask, prepared, metric, exact, None)[0]
+
+    def nearest_counted(
+        self,
+        x: Tensor,
+        codebook: Tensor,
+        mask: Tensor | None = None,
+        prepared: Tensor | None = None,
+        metric: str = "l2",
+        exact: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        reranked = torch.zeros((), dtype=torch.int64, device=x.device)
+        indices, counted = self._search(x, codebook, mask, prepared, metric, exact, reranked)
+        # A launcher on the host returns its count; one on a device has written it.
+        return indices, reranked if counted is None else reranked.fill_(counted)
 
     def lookup(self, x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows, codebook, indices = as_rows(x), codebook.contiguous(), indices.contiguous()

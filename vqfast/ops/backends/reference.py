@@ -57,8 +57,39 @@ def _scale_rows_(rows: Tensor, scale: Tensor) -> None:
     rows.mul_(scale[..., None])
 
 
+def _nearest(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None = None,
+    prepared: Tensor | None = None,
+    metric: str = "l2",
+    exact: bool = True,
+) -> Tensor:
+    return nearest(x, codebook, mask, metric)
+
+
+def _nearest_counted(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None = None,
+    prepared: Tensor | None = None,
+    metric: str = "l2",
+    exact: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Every row is decided in float64."""
+    indices = nearest(x, codebook, mask, metric)
+    return indices, (indices >= 0).sum()
+
+
+def _nearest_prepare(codebook: Tensor, metric: str) -> Tensor:
+    """Nothing to prepare: every search reads the codebook as it is."""
+    return codebook.new_empty(0, dtype=torch.uint8)
+
+
 KERNELS = {
-    "nearest": nearest,
+    "nearest": _nearest,
+    "nearest_counted": _nearest_counted,
+    "nearest_prepare": _nearest_prepare,
     "lookup": lookup,
     "lookup_backward": lookup_backward,
     "codebook_stats": codebook_stats,

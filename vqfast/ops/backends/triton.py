@@ -52,10 +52,34 @@ def _batches(x: Tensor) -> Tensor:
     return tensor.as_strided((batch, rows, x.shape[-1]), strides)
 
 
-def _nearest(x: Tensor, codebook: Tensor) -> Tensor:
+def _nearest_counted(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None = None,
+    prepared: Tensor | None = None,
+    metric: str = "l2",
+    exact: bool = True,
+) -> tuple[Tensor, Tensor]:
     from vqfast.kernels.nearest.triton import nearest
 
-    return nearest(_batches(x), codebook).view(x.shape[:-1])
+    if codebook.ndim == 3:
+        heads = [
+            _nearest_counted(x.select(-2, h), codebook[h], None if mask is None else mask[..., h], None, metric, exact)
+            for h in range(codebook.shape[0])
+        ]
+        indices, counts = zip(*heads, strict=True)
+        return torch.stack(indices, -1), torch.stack(counts).sum()
+    indices, reranked = nearest(_batches(x), codebook, None if mask is None else mask.reshape(-1), metric, exact)
+    return indices.view(x.shape[:-1]), reranked
+
+
+def _nearest(*args: Any) -> Tensor:
+    return _nearest_counted(*args)[0]
+
+
+def _nearest_prepare(codebook: Tensor, metric: str) -> Tensor:
+    """Nothing: each search centres the codebook as it goes."""
+    return codebook.new_empty(0, dtype=torch.uint8)
 
 
 def _lookup(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,6 +137,8 @@ def _p_sample(
 
 KERNELS = {
     "nearest": _on_its_device(_nearest),
+    "nearest_counted": _on_its_device(_nearest_counted),
+    "nearest_prepare": _nearest_prepare,
     "lookup": _on_its_device(_lookup),
     "lookup_backward": _on_its_device(_lookup_backward),
     "codebook_stats": _on_its_device(_codebook_stats),

@@ -16,8 +16,8 @@ from vqfast.models.vqddm import VQDDM, VQDDMConfig
 from vqfast.models.vqvae import VQVAE, VQVAEConfig
 from vqfast.train import RunError, TrainConfig, check_new, create_run, load_model, open_run, train
 from vqfast.train.checkpoint import INDEX, WEIGHTS, newest_checkpoint
+from vqfast.train.config import FREE_ON_RESUME
 from vqfast.train.runs import RUN_FILE, write_json
-from vqfast.train.trainer import FREE_ON_RESUME
 
 AUTOENCODER = "vqvae"  # folder of a VQ-DDM run that holds its VQ-VAE, so that the run stands alone
 

@@ -43,7 +43,7 @@ class Pair(nn.Module):
             drawn = self.generator(images)
             self.left = (images, drawn.detach())
             return {
-                "loss": (drawn - images).square().mean() - 0.1 * self.judge(drawn).mean() + 0 * noise,
+                "loss": (drawn - images).square().mean() - 0.1 * self.judge(drawn).mean(),
                 "noise": noise,
             }
         seen, drawn = self.left

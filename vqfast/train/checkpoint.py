@@ -82,7 +82,7 @@ def save_checkpoint(
             "config": asdict(model.config),
             "held_out": held_out or {},
             "extra": extra,
-            "sha256": {name: _sha256(beside / name) for name in (WEIGHTS, TRAINING)},
+            "sha256": {name: sha256(beside / name) for name in (WEIGHTS, TRAINING)},
         }
         write_json(beside / INDEX, index)
         for path in (beside / WEIGHTS, beside / TRAINING, beside / INDEX, beside):
@@ -172,11 +172,16 @@ def read_checkpoint(path: Path, files: tuple[str, ...]) -> Checkpoint:
     except TypeError as error:
         raise RunError(f"{path / INDEX}: not a description of a checkpoint") from error
     for name, expected in sums.items():
-        if not (path / name).is_file():
-            raise RunError(f"{path}: lacks {name}")
-        if _sha256(path / name) != expected:
-            raise RunError(f"{path / name}: damaged (its SHA-256 is not the one recorded when it was written)")
+        check_sum(path / name, expected)
     return checkpoint
+
+
+def check_sum(file: Path, expected: str) -> None:
+    """Raises RunError where a file is missing or has another SHA-256 than recorded."""
+    if not file.is_file():
+        raise RunError(f"{file.parent}: lacks {file.name}")
+    if sha256(file) != expected:
+        raise RunError(f"{file}: damaged (its SHA-256 is not the one recorded when it was written)")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -271,7 +276,8 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -8,8 +8,15 @@ import torch
 import torch.distributed as dist
 
 
-class Stopped(Exception):
-    """A training that was asked to stop and did, with a checkpoint: nothing went wrong."""
+class Stopped(SystemExit):
+    """A training that was asked to stop and did, with a checkpoint; uncaught it ends the process with exit code 0."""
+
+    def __init__(self, message: str):
+        super().__init__(0)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class StopRequest:

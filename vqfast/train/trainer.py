@@ -151,7 +151,10 @@ class _Training:
                 self._save(done, figures, final=last or stopping)
             since += time.perf_counter() - aside
             if stopping and not last:
-                raise Stopped(f"{self.out}: stopped after step {done} of {config.steps}; add --resume to go on")
+                stop = Stopped(f"{self.out}: stopped after step {done} of {config.steps}; add --resume to go on")
+                if self.main:
+                    tqdm.write(str(stop))
+                raise stop
 
     def _images(self, steps: int) -> int:
         return steps * self.config.batch_size * self.config.accumulation * self.processes

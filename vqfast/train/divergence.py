@@ -19,8 +19,9 @@ class Divergence:
     loss: float
 
     def __str__(self) -> str:
-        fault = f"exploded to {self.loss:.4g}" if math.isfinite(self.loss) else f"was not finite ({self.loss})"
-        return f"the loss {fault} at step {self.step}"
+        if math.isfinite(self.loss):
+            return f"the loss exploded to {self.loss:.4g} at step {self.step}"
+        return f"the loss or its gradient was not finite ({self.loss}) at step {self.step}"
 
 
 class DivergenceWatch:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from vqfast.train.config import TrainConfig, learning_rate
+from vqfast.train.processes import whole
 
 WHOLE = "model"
 
@@ -99,6 +100,7 @@ class Part:
             group["lr"] = learning_rate(self._config, step)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.parameters, self._config.clip_norm or float("inf"))
+        norm = whole(norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()

@@ -6,17 +6,17 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from vqfast.data import ShuffledSteps
+from vqfast.diffusion.process import accumulate_history
 from vqfast.models.registry import kind_of
+from vqfast.nn.vector_quantize import accumulate_codebooks
 from vqfast.train.average import WeightAverage
 from vqfast.train.blocks import recompute_blocks
 from vqfast.train.checkpoint import (
@@ -31,7 +31,8 @@ from vqfast.train.checkpoint import (
 from vqfast.train.config import TrainConfig, learning_rate
 from vqfast.train.divergence import DivergenceWatch
 from vqfast.train.errors import CheckpointError, RunError
-from vqfast.train.evaluation import Pictures, frozen, held_out_scalars, histograms_of, pictures_of, to_device
+from vqfast.train.evaluation import Pictures, frozen, held_out_scalars, histograms_of, pictures_of
+from vqfast.train.feed import Feed
 from vqfast.train.metrics import forget_after
 from vqfast.train.observers import MetricsFile, Observers, PictureFiles, ProgressBar, TensorBoard, gpu_memory_gb
 from vqfast.train.parts import Part, PartStep, only, training_parts
@@ -76,11 +77,12 @@ def train(
 class _Training:
     def __init__(self, model, dataset, config: TrainConfig, out: Path, held_out, pictures):
         self.config, self.out = config, out
-        self.dataset, self.held_out, self.pictures = dataset, held_out, pictures
+        self.held_out, self.pictures = held_out, pictures
         self.kind = kind_of(model)
         self.accelerator = _accelerator(config)
         self.device = self.accelerator.device
-        self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.processes = self.accelerator.num_processes
+        self.feed = Feed(dataset, config, self.accelerator.process_index, self.processes, self.device)
         self.main = self.accelerator.is_main_process
         self.model = model.to(self.device)
         if config.gradient_checkpointing:
@@ -126,7 +128,7 @@ class _Training:
         totals: dict[str, Tensor] = {}
         since, logged = time.perf_counter(), start
         self.model.train()
-        for step, batches in zip(range(start, config.steps), self._batches(start), strict=True):
+        for step, batches in zip(range(start, config.steps), self.feed.steps(start), strict=True):
             scalars = self._step(batches, step)
             # Kept on the device: reading a value at each step would make the host wait for it.
             totals = {name: value + totals.get(name, 0) for name, value in scalars.items()}
@@ -141,7 +143,7 @@ class _Training:
                 self._stop_if_diverged()
             if logs:
                 means = self._means(totals, done - logged)
-                means["images_per_s"] = self._images(done - logged) / (time.perf_counter() - since)
+                means["images_per_s"] = self.feed.images(done - logged) / (time.perf_counter() - since)
                 means |= {"lr": learning_rate(config, step)} | gpu_memory_gb(self.device)
                 self.observers.scalars(done, means)
                 totals, logged, since = {}, done, time.perf_counter()
@@ -156,9 +158,6 @@ class _Training:
                     tqdm.write(str(stop))
                 raise stop
 
-    def _images(self, steps: int) -> int:
-        return steps * self.config.batch_size * self.config.accumulation * self.processes
-
     def _observers(self, start: int) -> Iterator:
         yield ProgressBar(self.kind, start, self.config.steps)
         yield MetricsFile(self.out)
@@ -166,42 +165,21 @@ class _Training:
         if self.config.tensorboard:
             yield TensorBoard(self.out, start)
 
-    def _places(self, first: int, last: int, rank: int) -> ShuffledSteps:
-        """Positions of the batches of steps first..last - 1 in one process."""
-        A = self.config.accumulation
-        return ShuffledSteps(
-            len(self.dataset),
-            self.config.batch_size,
-            range(first * A, last * A),
-            self.config.seed,
-            rank,
-            self.processes,
-        )
-
-    def _batches(self, start: int) -> Iterator[list[dict[str, Tensor]]]:
-        """The batches of each step."""
-        loader = DataLoader(
-            self.dataset,
-            sampler=self._places(start, self.config.steps, self.rank),
-            batch_size=None,
-            num_workers=self.config.workers,
-            pin_memory=self.device.type == "cuda",
-            # Of its own: it would draw from the global one.
-            generator=torch.Generator(),
-        )
-        batches = iter(loader)
-        for _ in range(start, self.config.steps):
-            yield [to_device(next(batches), self.device) for _ in range(self.config.accumulation)]
-
     def _step(self, batches: list[dict[str, Tensor]], step: int) -> dict[str, Tensor]:
-        """One step of every part's optimiser; returns means over the batches."""
+        """One step of every part's optimiser and of moving averages; returns means over the batches."""
+        if len(batches) == 1:
+            return self._passes(batches, step)
+        with accumulate_codebooks(self.model, passes=len(batches)), accumulate_history(self.model):
+            return self._passes(batches, step)
+
+    def _passes(self, batches: list[dict[str, Tensor]], step: int) -> dict[str, Tensor]:
         scalars: dict[str, Tensor] = {}
         count = len(batches)
         for number, batch in enumerate(batches):
             last = number == count - 1
             for index, part in enumerate(self.parts):
                 prefix = f"{part.name}/" if index else ""
-                torch.manual_seed(self._noise_seed(step * count + number, index))
+                torch.manual_seed(self.feed.noise_seed(step, number, index))
                 with only(part, self.parts), unsynced(part.step, last):
                     with self.accelerator.autocast():
                         found = part.step(batch, step)
@@ -210,24 +188,19 @@ class _Training:
                         value = torch.as_tensor(value, device=self.device).detach()
                         scalars[prefix + name] = scalars.get(prefix + name, 0) + value / count
                     if last:
-                        scalars[prefix + "grad_norm"] = part.update(step)
-                        self.watch.see(scalars[prefix + "loss"], step + 1)
+                        norm = scalars[prefix + "grad_norm"] = part.update(step)
+                        # A gradient that is not finite ruins the weights too, but fp16 skips such steps.
+                        spoilt = 0 if self.config.precision == "fp16" else 0 * norm
+                        self.watch.see(scalars[prefix + "loss"] + spoilt, step + 1)
         if self.average is not None:
             self.average.update(step + 1)
         return scalars
-
-    def _noise_seed(self, batch: int, part: int) -> int:
-        """Seed of the random numbers of one batch: the same however the batches are spread over processes."""
-        place = batch * self.processes + self.rank
-        return int(np.random.SeedSequence((self.config.seed, place, part)).generate_state(1, np.uint64)[0] >> 1)
 
     def _stop_if_diverged(self) -> None:
         divergence = self.watch.read(self.accelerator.gather(self.watch.state[None]))
         if divergence is None:
             return
-        positions = np.concatenate(
-            [p for rank in range(self.processes) for p in self._places(divergence.step - 1, divergence.step, rank)]
-        )
+        positions = self.feed.positions(divergence.step - 1)
         images = ", ".join(map(str, positions[:8])) + (f" and {len(positions) - 8} more" if len(positions) > 8 else "")
         saved = saved_checkpoints(self.out)
         hint = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was made yet"

@@ -2,12 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,23 +136,3 @@ def test_learning_rate_rises_then_falls_along_a_cosine():
 def test_settings_out_of_range_are_named(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         TrainConfig(**change)
-
-
-def test_processes_train_one_model(tmp_path):
-    create_run(tmp_path / "run", "vqvae", {})
-    np.savez(tmp_path / "images.npz", images=np.random.default_rng(0).integers(0, 256, (30, 4, 4), dtype=np.uint8))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="1")
-    script = Path(__file__).with_name("train_process.py")
-    processes = [
-        subprocess.Popen([sys.executable, script, tmp_path], env=shared | {"RANK": rank, "LOCAL_RANK": rank})
-        for rank in "01"
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    first, second = (np.load(tmp_path / f"{rank}.npz") for rank in range(2))
-    saved = load_model(tmp_path / "run", "vqvae").state_dict()
-    for name, value in saved.items():
-        assert np.array_equal(first[name], value) and np.array_equal(second[name], value), name
-    assert [r["step"] for r in records(tmp_path / "run") if "loss" in r] == [2, 3, 4, 6]

@@ -1,6 +1,7 @@
 """One model in several processes: replicated (DDP) or sharded (FSDP2), and what each process holds of a tensor."""
 
 from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vqfast.train.blocks import blocks
+
+# The older name warns where the newer one exists.
+_BUFFERS_STAY = {
+    next(
+        n for n in ("forward_sync_buffers", "broadcast_buffers") if n in signature(DistributedDataParallel).parameters
+    ): False
+}
 
 
 def replicate(step: nn.Module, parameters: list[nn.Parameter], device: torch.device) -> DistributedDataParallel:
@@ -21,10 +29,7 @@ def replicate(step: nn.Module, parameters: list[nn.Parameter], device: torch.dev
     others = [name for name, p in step.named_parameters() if id(p) not in trained]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, others)
     return DistributedDataParallel(
-        step,
-        device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
+        step, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True, **_BUFFERS_STAY
     )
 
 
@@ -43,6 +48,11 @@ def unsynced(step: nn.Module, last: bool) -> AbstractContextManager:
     elif isinstance(step, DistributedDataParallel) and not last:
         return step.no_sync()
     return nullcontext()
+
+
+def ended_elsewhere(error: RuntimeError) -> bool:
+    """Whether an error came of the end of another process."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from vqfast.train.feed import Feed
 from vqfast.train.metrics import forget_after
 from vqfast.train.observers import MetricsFile, Observers, PictureFiles, ProgressBar, TensorBoard, gpu_memory_gb
 from vqfast.train.parts import Part, PartStep, only, training_parts
-from vqfast.train.processes import replicate, shard, unsynced
+from vqfast.train.processes import ended_elsewhere, replicate, shard, unsynced
 from vqfast.train.progress import RunState
 from vqfast.train.signals import Stopped, StopRequest
 from vqfast.train.state import model_tensors, restore, training_tensors, training_values
@@ -116,6 +116,10 @@ class _Training:
                 self.observers = Observers(self._observers(start) if self.main else [])
                 try:
                     self._loop(start, request)
+                except RuntimeError as error:
+                    if self.processes > 1 and ended_elsewhere(error):
+                        raise RunError("another process of this training ended; what it said tells why") from error
+                    raise
                 finally:
                     self.observers.close()
         if self.average is not None:

@@ -66,12 +66,10 @@ def start(command: Any) -> PartialState:
         command: has out, resume and training, as every training command.
 
     Raises:
-        RunError: --out is taken, or not a run to resume, or in training already; or the hardware cannot do as asked.
+        RunError: --out is taken, or not a run to resume, or in training already.
     """
     config = command.training
     processes = PartialState(cpu=config.device == "cpu")
-    if config.precision == "fp16" and pick_device(config.device).type == "cpu":
-        raise RunError("--precision: fp16 needs a GPU; bf16 and fp32 run here")
     if processes.is_main_process and not command.resume:
         check_new(command.out)
     if processes.is_main_process and command.resume:

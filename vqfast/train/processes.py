@@ -13,11 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from vqfast.train.blocks import blocks
 
 # The older name warns where the newer one exists.
-_BUFFERS_STAY = {
-    next(
-        n for n in ("forward_sync_buffers", "broadcast_buffers") if n in signature(DistributedDataParallel).parameters
-    ): False
-}
+_KNOWN = signature(DistributedDataParallel).parameters
+_BUFFERS_STAY = {"forward_sync_buffers" if "forward_sync_buffers" in _KNOWN else "broadcast_buffers": False}
 
 
 def replicate(step: nn.Module, parameters: list[nn.Parameter], device: torch.device) -> DistributedDataParallel:

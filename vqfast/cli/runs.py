@@ -11,7 +11,7 @@ from vqfast.cli.settings import CONFIG_FILE
 from vqfast.evaluate.figures import Panel, save_curves
 from vqfast.evaluate.report import Picture, write_run_report
 from vqfast.train import RunError, check_new, open_run
-from vqfast.train.checkpoint import best_checkpoint, model_from, newest_checkpoint, saved_checkpoints
+from vqfast.train.checkpoint import checkpoint_of, model_from, saved_checkpoints
 from vqfast.train.evaluation import HELD_OUT
 from vqfast.train.metrics import METRICS_FILE, read_metrics
 from vqfast.train.observers import PICTURES
@@ -96,7 +96,7 @@ class Share:
 
         check_new(self.out)
         run = open_run(self.run)
-        found = (best_checkpoint if self.checkpoint == "best" else newest_checkpoint)(run.path)
+        found = checkpoint_of(run, self.checkpoint)
         records = [record for record in read_metrics(run.path) if record["step"] == found.step]
         figures = {name: v for record in records for name, v in record.items() if name.startswith(HELD_OUT)}
         drawn = sorted((run.path / PICTURES).glob("*.png"))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vqfast.models.registry import build, kind_of
 from vqfast.train.errors import CheckpointError, RunError
-from vqfast.train.runs import FORMAT, check_format, open_run, read_json, write_json
+from vqfast.train.runs import FORMAT, Run, check_format, open_run, read_json, write_json
 
 WEIGHTS, TRAINING, INDEX = "model.safetensors", "training.safetensors", "checkpoint.json"
 
@@ -209,11 +209,19 @@ def load_model(
     Raises:
         RunError: not such a run, or a checkpoint that is missing, damaged, or of another model.
     """
-    opened = open_run(run, kind)
-    found = (best_checkpoint if checkpoint == "best" else newest_checkpoint)(opened.path)
-    if found.kind != opened.kind:
-        raise RunError(f"{found.path}: holds the weights of a {found.kind}, expected a {opened.kind}")
-    return model_from(found).to(device)
+    return model_from(checkpoint_of(open_run(run, kind), checkpoint)).to(device)
+
+
+def checkpoint_of(run: Run, which: Literal["last", "best"] = "last") -> Checkpoint:
+    """The last checkpoint of a run, or that with the lowest loss on held-out images, with good weights.
+
+    Raises:
+        RunError: there is none, it is damaged, or of another model than the run.
+    """
+    found = (best_checkpoint if which == "best" else newest_checkpoint)(run.path)
+    if found.kind != run.kind:
+        raise RunError(f"{found.path}: holds the weights of a {found.kind}, expected a {run.kind}")
+    return found
 
 
 def model_from(checkpoint: Checkpoint) -> nn.Module:

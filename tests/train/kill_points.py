@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo  # every optimiser imports it, which takes longer than a tiny training
 from tiny_training import train_tiny
 
 from vqfast.train import checkpoint, create_run, observers
 
-SETTINGS = dict(steps=40, save_every=5, ema_decay=0.9, eval_every=20, held_out=True, threads=1)
+SETTINGS = dict(steps=40, save_every=5, ema_decay=0.9, threads=1)
 
 
 def die() -> None:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from vqfast.cli.errors import UsageError
 
 # Import name -> nothing but membership: what `pip install "vqfast[train]"` brings.
-_TRAIN_EXTRA = ("accelerate", "matplotlib", "PIL", "safetensors", "sklearn", "tqdm", "tyro")
+_TRAIN_EXTRA = (
+    "accelerate", "huggingface_hub", "matplotlib", "PIL", "safetensors", "sklearn", "tensorboard", "tqdm", "tyro", "yaml",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

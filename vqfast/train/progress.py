@@ -65,8 +65,6 @@ class RunState:
         self._write("running")
 
     def __enter__(self) -> "RunState":
-        if self._main:
-            check_idle(self._run)
         self._write("running")
         return self
 

@@ -37,7 +37,7 @@ from vqfast.train.metrics import forget_after
 from vqfast.train.observers import MetricsFile, Observers, PictureFiles, ProgressBar, TensorBoard, gpu_memory_gb
 from vqfast.train.parts import Part, PartStep, only, training_parts
 from vqfast.train.processes import ended_elsewhere, replicate, shard, unsynced
-from vqfast.train.progress import RunState
+from vqfast.train.progress import RunState, check_idle
 from vqfast.train.signals import Stopped, StopRequest
 from vqfast.train.state import model_tensors, restore, training_tensors, training_values
 
@@ -110,6 +110,8 @@ class _Training:
         return parts, forwards
 
     def run(self, resume: bool) -> nn.Module:
+        if self.main:
+            check_idle(self.out)  # before the resume drops what a training under way may be writing
         start = self._resume() if resume else 0
         if start < self.config.steps:
             with RunState(self.out, start, self.config.steps, self.main) as self.state, StopRequest() as request:

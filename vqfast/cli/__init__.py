@@ -9,7 +9,8 @@ from vqfast.cli.errors import UsageError
 
 # Import name -> nothing but membership: what `pip install "vqfast[train]"` brings.
 _TRAIN_EXTRA = (
-    "accelerate", "huggingface_hub", "matplotlib", "PIL", "safetensors", "sklearn", "tensorboard", "tqdm", "tyro", "yaml",
+    "accelerate", "huggingface_hub", "matplotlib", "PIL", "safetensors", "sklearn", "tensorboard", "tqdm", "tyro",
+    "yaml",
 )  # fmt: skip
 
 

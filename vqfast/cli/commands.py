@@ -7,12 +7,15 @@ from tyro.conf import subcommand
 
 from vqfast.cli.demo import Demo
 from vqfast.cli.generate import Inpaint, Reconstruct, Sample
-from vqfast.cli.training import TrainVQDDM, TrainVQVAE
+from vqfast.cli.presets import Presets
+from vqfast.cli.runs import Report, Runs, Share
+from vqfast.cli.train_vqddm import TrainVQDDM
+from vqfast.cli.train_vqvae import TrainVQVAE
 
 
 @dataclass
 class Train:
-    """Train a model."""
+    """Train a model. --config FILE.yaml takes settings from a file, such as a run's config.yaml."""
 
     model: Annotated[TrainVQVAE, subcommand("vqvae")] | Annotated[TrainVQDDM, subcommand("vqddm")]
 
@@ -35,6 +38,13 @@ COMMANDS = (
     | Annotated[Sample, subcommand("sample")]
     | Annotated[Inpaint, subcommand("inpaint")]
     | Annotated[Reconstruct, subcommand("reconstruct")]
+    | Annotated[Runs, subcommand("runs")]
+    | Annotated[Report, subcommand("report")]
+    | Annotated[Share, subcommand("share")]
+    | Annotated[Presets, subcommand("presets")]
     | Annotated[Demo, subcommand("demo")]
     | Annotated[Doctor, subcommand("doctor")]
 )
+
+# Those that take --config, by the words that call them.
+CONFIGURABLE = {"train vqvae": TrainVQVAE, "train vqddm": TrainVQDDM}

@@ -83,7 +83,7 @@ class Panel:
 
 def save_curves(path: Path, panels: Sequence[Panel]) -> None:
     """Curves side by side: training as a line (the median of five records, the records themselves faint behind it) and
-    held-out values as dots. Scalars must be above 0.
+    held-out values as dots. Scalars of a logarithmic panel must be above 0.
 
     Args:
         path: PNG file to write.
@@ -99,6 +99,8 @@ def save_curves(path: Path, panels: Sequence[Panel]) -> None:
         records = [json.loads(line) for line in panel.metrics.read_text().splitlines()]
         steps, values = _points(records, panel.scalar)
         middle = _running_median(values)
+        if not len(steps):
+            raise ValueError(f"{panel.metrics}: holds no {panel.scalar}")
         axis.plot(steps, values, color="C0", alpha=0.25, linewidth=1)
         axis.plot(steps, middle, color="C0", linewidth=1.6, label="training")
         # Outliers of single records may leave the panel, so that the curves fill it.
@@ -109,8 +111,9 @@ def save_curves(path: Path, panels: Sequence[Panel]) -> None:
             axis.plot(steps, values, "o--", color="C1", linewidth=1.4, markersize=4, label="held out")
             seen = np.concatenate([middle, values])
         low, high = seen.min(), seen.max()
-        margin = 1.15 if panel.log else 1.03
-        axis.set(title=panel.title, xlabel="step", ylabel=panel.unit, ylim=(low / margin, high * margin))
+        margin = 0.03 * (high - low) or 0.5
+        limits = (low / 1.15, high * 1.15) if panel.log else (low - margin, high + margin)
+        axis.set(title=panel.title, xlabel="step", ylabel=panel.unit, ylim=limits)
         axis.grid(alpha=0.25, which="both")
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -141,6 +142,15 @@ class VQVAE(nn.Module):
             "usage": self.quantizer.usage,
             "perplexity": self.quantizer.perplexity,
         }
+
+    @torch.no_grad()
+    def evaluation_pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Images of a batch and what is left of them after the codes: each (B, C, H, W)."""
+        return {"image": batch["image"], "reconstruction": self.reconstruct(batch["image"])}
+
+    def histograms(self) -> dict[str, Tensor]:
+        """Moving-average count of each code, (K,), under "codebook"."""
+        return {"codebook": self.quantizer.cluster_size}
 
     def _features(self, images: Tensor) -> Tensor:
         size, channels = self.config.image_size, self.config.in_channels

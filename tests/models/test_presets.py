@@ -1,0 +1,20 @@
+"""What presets promise: the papers' parameter counts, counted without memory."""
+
+import pytest
+
+from vqfast.models.presets import PRESETS
+
+# Millions, as published.
+PUBLISHED = {"vqddm-512": "117.45", "vqddm-1024": "117.59"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_those_of_the_paper(name):
+    assert f"{PRESETS[name].parameters / 1e6:.2f}" == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_built_on_the_meta_device(name):
+    model = PRESETS[name].build("meta")
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert PRESETS[name].source

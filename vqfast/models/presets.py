@@ -1,0 +1,40 @@
+"""The configurations that the papers trained, by name."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vqfast.models.registry import build
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published model.
+
+    kind: see vqfast.models.registry.
+    config: values of its configuration that are not the defaults.
+    source: the paper and what it trained on.
+    """
+
+    kind: str
+    config: dict[str, Any]
+    source: str
+
+    def build(self, device: torch.device | str = "cpu") -> torch.nn.Module:
+        """The model with fresh weights; on device "meta" it takes no memory."""
+        with torch.device(device):
+            return build(self.kind, self.config)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, counted on the meta device."""
+        return sum(p.numel() for p in self.build("meta").parameters())
+
+
+_VQDDM = "VQ-DDM (arXiv 2112.01799)"
+
+PRESETS: dict[str, Preset] = {
+    "vqddm-512": Preset("vqddm", {"codebook_size": 512}, f"{_VQDDM}, 16x16 codes of 512"),
+    "vqddm-1024": Preset("vqddm", {"codebook_size": 1024}, f"{_VQDDM}, 16x16 codes of 1024"),
+}

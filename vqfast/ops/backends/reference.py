@@ -5,10 +5,14 @@ from torch import Tensor
 
 from vqfast.kernels.codebook_stats.reference import codebook_stats
 from vqfast.kernels.diffusion_loss.reference import uniform_diffusion_loss, uniform_diffusion_loss_grad
+from vqfast.kernels.grain_entropy.reference import grain_entropy
 from vqfast.kernels.lookup.reference import lookup, lookup_backward
 from vqfast.kernels.nearest.reference import nearest
 from vqfast.kernels.p_sample.reference import uniform_p_sample
+from vqfast.kernels.pack.reference import pack
+from vqfast.kernels.position_mask.reference import position_mask
 from vqfast.kernels.q_sample.reference import uniform_q_sample
+from vqfast.kernels.unpack.reference import unpack, unpack_backward
 
 NAME = "reference"
 PRIORITY = 0
@@ -57,4 +61,9 @@ KERNELS = {
     "uniform_diffusion_loss": _uniform_diffusion_loss,
     "scale_rows_": _scale_rows_,
     "uniform_p_sample": uniform_p_sample,
+    "pack": pack,
+    "unpack": unpack,
+    "unpack_backward": unpack_backward,
+    "position_mask": position_mask,
+    "grain_entropy": grain_entropy,
 }

@@ -84,18 +84,18 @@ def unpack_backward(
         (T,) or (T, D) in the dtype of grad; zero for tokens that do not count.
     """
     B, Hf, Wf = grad.shape[:3]
-    factor, T = 2 ** (num_grains - 1), positions.shape[0]
+    factor, T, D = 2 ** (num_grains - 1), positions.shape[0], grad.shape[3:].numel()
     place, slots = token_slots(cu_seqlens, positions, grain_ids, grains, num_grains)
     counts = slots[place] == torch.arange(T, device=place.device)
-    wide = grad.reshape(B, Hf, Wf, -1).to(torch.promote_types(grad.dtype, torch.float32))
-    out = wide.new_zeros(T, wide.shape[-1])
+    wide = grad.reshape(B, Hf, Wf, D).to(torch.promote_types(grad.dtype, torch.float32))
+    out = wide.new_zeros(T, D)
     for g in range(num_grains):
         edge = factor // 2**g
-        sums = wide.reshape(B, Hf // edge, edge, Wf // edge, edge, -1).sum((2, 4))
+        sums = wide.reshape(B, Hf // edge, edge, Wf // edge, edge, D).sum((2, 4))
         member = counts & (grain_ids == g)
         # The place of a token of this grain, on the grid of the grain; of any other, the row of zeros at the end.
         row, x = place // Wf, place % Wf
         index = torch.where(member, row // edge * (Wf // edge) + x // edge, B * (Hf // edge) * (Wf // edge))
-        rows = torch.cat([sums.flatten(0, 2), sums.new_zeros(1, sums.shape[-1])])
+        rows = torch.cat([sums.flatten(0, 2), sums.new_zeros(1, D)])
         out = out + rows[index]
     return out.reshape(T, *grad.shape[3:]).to(grad.dtype)

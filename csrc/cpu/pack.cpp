@@ -11,6 +11,8 @@
 namespace vqfast {
 namespace {
 
+constexpr int kMostGrains = 32;
+
 // Vectors of elements that are copied, never computed with.
 template <class T>
 struct Vectors {
@@ -29,11 +31,9 @@ struct Vectors {
     const int64_t b = n < rows ? 0 : n / rows;
     return data + b * stride_batch + (n - b * rows) * stride_row;
   }
-  void copy(int64_t n, T *to) const {
-    const T *from = row(n);
-    if (D == 1)
-      *to = *from;
-    else if (stride_feature == 1)
+  void copy(int64_t n, T *to) const { copy(row(n), to); }
+  void copy(const T *from, T *to) const {
+    if (stride_feature == 1)
       std::memcpy(to, from, D * sizeof(T));
     else
       for (int64_t d = 0; d < D; ++d) to[d] = from[d * stride_feature];
@@ -59,17 +59,32 @@ struct Sequence {
   T *packed;
   int64_t *positions, *grain_ids;
 
-  void emit(int64_t token, int64_t first, int grain, int64_t y, int64_t x) const {
-    values.copy(first + ((y << grid.shift(grain)) * grid.width() + (x << grid.shift(grain))), packed + token * values.D);
-    positions[token] = y * (grid.cells_x << grain) + x;
-    grain_ids[token] = grain;
+  // The tokens of a row of codes of cells columns[0..n-1], from token `token` on; returns the next.
+  int64_t write_row(int64_t first, int grain, int64_t y, const int64_t *columns, int64_t n, int64_t token) const {
+    const int shift = grid.shift(grain);
+    // A row of the fine grid lies in one batch of the view. In locals, for what is written may not be what is read.
+    const T *row = values.row(first + (y << shift) * grid.width());
+    const int64_t edge = (int64_t)1 << grain, step = values.stride_row << shift, D = values.D, end = capacity;
+    const int64_t position = y * (grid.cells_x << grain);
+    T *const to = packed;
+    int64_t *const to_position = positions, *const to_grain = grain_ids;
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t x = columns[i] << grain, after = x + edge; x < after; ++x, ++token) {
+        if (token >= end) return token;
+        if (D == 1)
+          to[token] = row[x * step];
+        else
+          values.copy(row + x * step, to + token * D);
+        to_position[token] = position + x;
+        to_grain[token] = grain;
+      }
+    return token;
   }
 
   // The tokens of an image, from token `token` on. columns: scratch for a row of cells.
   void write(int64_t image, const int64_t *map, bool region, int64_t token, int64_t *columns) const {
     const int64_t first = image * grid.positions();
-    for (int g = 0; g < grid.grains; ++g) {
-      const int64_t edge = (int64_t)1 << g;
+    for (int g = 0; g < grid.grains; ++g)
       for (int64_t cy = 0; cy < grid.cells_y; ++cy) {
         // Without a branch: which cells have this grain is as good as random.
         int64_t n = 0;
@@ -77,28 +92,31 @@ struct Sequence {
           columns[n] = cx;
           n += grid.clamped(map[cy * grid.cells_x + cx]) == g;
         }
-        // A row of codes of n cells, or in region order n times those of one.
         const int64_t together = region ? 1 : n;
         for (int64_t k = 0; k < n; k += together)
           for (int64_t y = cy << g; y < (cy + 1) << g; ++y)
-            for (int64_t i = k; i < k + together; ++i)
-              for (int64_t x = columns[i] << g; x < (columns[i] << g) + edge; ++x) {
-                if (token >= capacity) return;
-                emit(token++, first, g, y, x);
-              }
+            token = write_row(first, g, y, columns + k, together, token);
       }
-    }
   }
 };
 
 // The token whose value each position's code has, or -1, at the top left of what it covers; others are left as they are.
-void fill_slots(const GrainGrid &grid, const int64_t *map, int64_t begin, int64_t end, const int64_t *positions,
+void fill_slots(const GrainGrid grid, const int64_t *map, int64_t begin, int64_t end, const int64_t *positions,
                 const int64_t *grain_ids, int64_t *slots) {
   std::fill(slots, slots + grid.positions(), -1);
+  // A product in place of a division, which takes ten times as long; what its rounding may do is undone.
+  double row_of[kMostGrains];
+  for (int g = 0; g < grid.grains; ++g) row_of[g] = 1 / (double)(grid.cells_x << g);
   for (int64_t t = begin; t < end; ++t) {
-    int64_t y, x;
-    if (!grid.place(map, positions[t], grain_ids[t], y, x)) continue;
-    const int shift = grid.shift((int)grain_ids[t]);
+    const int64_t position = positions[t], g = grain_ids[t];
+    if (!grid.in_range(position, g)) continue;
+    const int64_t columns = grid.cells_x << g;
+    int64_t y = (int64_t)((double)position * row_of[g]), x = position - y * columns;
+    const int64_t off = (x >= columns) - (x < 0);
+    y += off;
+    x -= off * columns;
+    if (map[(y >> g) * grid.cells_x + (x >> g)] != g) continue;
+    const int shift = grid.shift((int)g);
     slots[(y << shift) * grid.width() + (x << shift)] = t;
   }
 }
@@ -107,21 +125,32 @@ int64_t token_bound(const int32_t *cu_seqlens, int64_t image, int64_t T) {
   return std::clamp<int64_t>(cu_seqlens[image], 0, T);
 }
 
+// grid by value, here and above: what is written might else be its members.
 template <class T>
-void write_grid(const GrainGrid &grid, const int64_t *map, const int64_t *slots, const Vectors<T> &values,
+void write_grid(const GrainGrid grid, const int64_t *map, const int64_t *slots, const Vectors<T> values,
                 bool replicate, T *out) {
-  const int64_t D = values.D;
+  const int64_t D = values.D, width = grid.width(), factor = grid.factor();
   for (int64_t y = 0; y < grid.height(); ++y) {
     const int64_t *row_map = map + (y >> (grid.grains - 1)) * grid.cells_x;
-    for (int64_t cx = 0; cx < grid.cells_x; ++cx) {
+    for (int64_t cx = 0; cx < grid.cells_x; ++cx, out += factor * D) {
       const int shift = grid.shift(grid.clamped(row_map[cx]));
-      const int64_t *row = slots + (y >> shift << shift) * grid.width();
-      for (int64_t x = cx << (grid.grains - 1); x < (cx + 1) << (grid.grains - 1); ++x, out += D) {
-        const int64_t corner = x >> shift << shift, slot = row[corner];
-        if (slot >= 0 && (replicate || (x == corner && y >> shift << shift == y)))
-          values.copy(slot, out);
+      const int64_t top = y >> shift << shift, left = cx * factor;
+      const int64_t *row = slots + top * width + left;
+      const int64_t square = ((int64_t)1 << shift) - 1;
+      if (D == 1) {
+        for (int64_t x = 0; x < factor; ++x) {
+          const int64_t slot = row[x & ~square];
+          const bool there = slot >= 0 && (replicate || (top == y && !(x & square)));
+          out[x] = there ? values.data[slot * values.stride_row] : (T)0;
+        }
+        continue;
+      }
+      for (int64_t x = 0; x < factor; ++x) {
+        const int64_t slot = row[x & ~square];
+        if (slot >= 0 && (replicate || (top == y && !(x & square))))
+          values.copy(values.data + slot * values.stride_row, out + x * D);
         else
-          std::memset(out, 0, D * sizeof(T));
+          std::memset(out + x * D, 0, D * sizeof(T));
       }
     }
   }

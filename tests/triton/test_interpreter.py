@@ -23,7 +23,7 @@ from vqfast.kernels.specs import SPECS
 
 pytest.importorskip("triton")
 
-CASES: dict[str, dict[str, Callable[[], None]]] = {"search": {}, "statistics": {}, "diffusion": {}}
+CASES: dict[str, dict[str, Callable[[], None]]] = {"search": {}, "statistics": {}, "diffusion": {}, "packing": {}}
 _GROUP = {
     "nearest": "search",
     "lookup": "search",
@@ -32,6 +32,11 @@ _GROUP = {
     "uniform_q_sample": "diffusion",
     "uniform_diffusion_loss": "diffusion",
     "uniform_p_sample": "diffusion",
+    "pack": "packing",
+    "unpack": "packing",
+    "unpack_backward": "packing",
+    "position_mask": "packing",
+    "grain_entropy": "packing",
 }
 
 

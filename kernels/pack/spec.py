@@ -49,10 +49,11 @@ TEST_SHAPES = (
     dict(B=1, H=1, W=1, G=1),
     dict(B=0, H=2, W=3, G=2, D=3),
     dict(B=2, H=5, W=3, G=3, D=7, region=True),
-    dict(B=5, H=9, W=7, G=3, D=33),
-    dict(B=3, H=6, W=5, G=3, region=True),
-    dict(B=4, H=6, W=5, G=2, D=16, short=3),
-    dict(B=2, H=37, W=3, G=4),
+    dict(B=3, H=3, W=5, G=3, D=33),
+    dict(B=2, H=3, W=5, G=3, region=True),
+    dict(B=3, H=4, W=5, G=2, D=16, short=3),
+    dict(B=1, H=35, W=2, G=2),
+    dict(B=2, H=1, W=3, G=4),
 )
 BENCH_SHAPES = (dict(B=8, H=16, W=16, G=2), dict(B=30, H=16, W=16, G=2, D=256))
 

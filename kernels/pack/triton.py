@@ -63,22 +63,23 @@ def _pack_cells_kernel(
             same = (cx < cells_x) & (tl.minimum(tl.maximum(grain, 0), GRAINS - 1) == g)
             in_row += tl.sum(same.to(tl.int64), 0)
         start = sequence + tl.load(table_ptr + (image * GRAINS + g) * cells_y + cy)
-        done = tl.full((), 0, tl.int64)
-        for x0 in range(0, cells_x, BLOCK_X):
-            cx = x0 + tl.arange(0, BLOCK_X)
-            grain = tl.load(map_ptr + cx, mask=cx < cells_x, other=0)
-            same = (cx < cells_x) & (tl.minimum(tl.maximum(grain, 0), GRAINS - 1) == g)
-            member = same.to(tl.int64)
-            before = done + tl.cumsum(member, 0) - member
-            done += tl.sum(member, 0)
-            for code in range(0, edge * edge):
-                i, j = code // edge, code % edge
+        for i in range(0, edge):
+            rank = tl.full((), 0, tl.int64)
+            for c0 in range(0, cells_x * edge, BLOCK_X):
+                c = c0 + tl.arange(0, BLOCK_X)
+                cx, j = c // edge, c % edge
+                grain = tl.load(map_ptr + cx, mask=cx < cells_x, other=0)
+                same = (cx < cells_x) & (tl.minimum(tl.maximum(grain, 0), GRAINS - 1) == g)
+                # Codes of this grain before each one in its row.
+                member = same.to(tl.int64)
+                before = rank + tl.cumsum(member, 0) - member
+                rank += tl.sum(member, 0)
                 if REGION:
-                    token = start + before * edge * edge + code
+                    token = start + (before - j) * edge + i * edge + j
                 else:
-                    token = start + i * in_row * edge + before * edge + j
+                    token = start + i * in_row * edge + before
                 kept = same & (token < capacity)
-                y, x = cy * edge + i, cx.to(tl.int64) * edge + j
+                y, x = cy * edge + i, c.to(tl.int64)
                 tl.store(positions_ptr + token, y * (cells_x * edge) + x, mask=kept)
                 tl.store(grain_ids_ptr + token, tl.full((BLOCK_X,), g, tl.int64), mask=kept)
                 n = first + (y << shift) * width + (x << shift)
@@ -124,7 +125,7 @@ def pack(
         _pack_cells_kernel[(B * cells_y,)](
             values, grains, table, lengths, packed, cu_seqlens, positions, grain_ids,
             B, cells_y, cells_x, capacity, max(values.shape[1], 1), D, *values.stride(),
-            GRAINS=num_grains, REGION=region, BLOCK_X=16, BLOCK_D=blocks(D)[1],
+            GRAINS=num_grains, REGION=region, BLOCK_X=32, BLOCK_D=blocks(D)[1],
         )  # fmt: skip
     if capacity:
         _pack_tail_kernel[(triton.cdiv(capacity * max(D, 1), _TAIL_BLOCK),)](

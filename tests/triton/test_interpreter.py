@@ -51,6 +51,8 @@ def _programs(op: str, shape: dict) -> int:
         return shape["K"] * (4 if shape["K"] < 1024 and shape["N"] > 1000 else 1)
     if op == "uniform_p_sample":
         return shape["B"] * shape["L"]
+    if _GROUP[op] == "packing":
+        return 100 if shape["B"] * shape.get("H", 1) * shape.get("rows", 1) > 1 else 1
     return {"nearest": 1, "lookup": 1 / 8, "lookup_backward": 1 / 8}.get(op, 0) * shape.get("N", 0)
 
 

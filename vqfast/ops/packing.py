@@ -19,6 +19,7 @@ _grain_entropy = torch.ops.vqfast.grain_entropy.default
 
 ORDERS = ("row", "region")
 MOST_GRAINS = 8
+MOST_BINS = 1024
 
 
 class Packed(NamedTuple):
@@ -261,7 +262,7 @@ def grain_entropy(
 
     Raises:
         TypeError: images that are not float.
-        ValueError: shapes that do not divide, other than 1 or 3 channels, num_bins below 2, sigma not positive.
+        ValueError: shapes that do not divide, other than 1 or 3 channels, num_bins outside 2..1024, sigma not positive.
     """
     check_float("images", images)
     if images.ndim != 4 or images.shape[1] not in (1, 3):
@@ -271,8 +272,8 @@ def grain_entropy(
             f"patch_size: expected a divisor of {images.shape[2]} x {images.shape[3]}, the size of images, "
             f"got {patch_size}"
         )
-    if num_bins < 2:
-        raise ValueError(f"num_bins: expected at least 2, got {num_bins}")
+    if not 2 <= num_bins <= MOST_BINS:
+        raise ValueError(f"num_bins: expected 2..{MOST_BINS}, got {num_bins}")
     lowest, highest = value_range
     if not sigma > 0 or not highest > lowest:
         raise ValueError(f"expected sigma > 0 and value_range ascending, got sigma={sigma}, value_range={value_range}")

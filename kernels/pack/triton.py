@@ -54,8 +54,8 @@ def _pack_cells_kernel(
     width = cells_x << (GRAINS - 1)
     first = image * (cells_y << (GRAINS - 1)) * width
     for g in tl.static_range(GRAINS):
-        edge: tl.constexpr = 1 << g
-        shift: tl.constexpr = GRAINS - 1 - g
+        edge = 1 << g
+        shift = GRAINS - 1 - g
         in_row = tl.full((), 0, tl.int64)
         for x0 in range(0, cells_x, BLOCK_X):
             cx = x0 + tl.arange(0, BLOCK_X)

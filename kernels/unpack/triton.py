@@ -110,8 +110,8 @@ def _slots(
     per_image = cells_y * cells_x * 4 ** (num_grains - 1)
     slots = grains.new_zeros(B * per_image)
     T = positions.shape[0]
-    # An image may have fewer tokens than places, and no more: T bounds what is asked for beyond that.
-    programs = triton.cdiv(max(T, 1), _BLOCK)
+    # An image has no more tokens than places.
+    programs = triton.cdiv(max(min(T, per_image), 1), _BLOCK)
     if T and B:
         _slots_kernel[(B, programs)](
             cu_seqlens, positions, grain_ids, grains, slots, T, cells_y, cells_x, GRAINS=num_grains, BLOCK=_BLOCK

@@ -217,7 +217,7 @@ def _quantizer_case(op: str, train: bool, shape: Mapping[str, Any], dtype: torch
         judge=_judge_quantizer,
         contenders=(
             *vqfast_backends(device, needed, lambda p: _packed(p, train), reference=False),
-            Contender("vqfast on the replicated grid", YARDSTICK, lambda p: _replicated(p, train)),
+            Contender("quantize on the replicated grid", YARDSTICK, lambda p: _replicated(p, train)),
             Contender("torch, one-hot and weights", PEER, lambda p: _dense(p, train), torch.__version__),
         ),
         bytes_moved=sum(spec.bytes_moved(rows, dtype) for spec in specs),

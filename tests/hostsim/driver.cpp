@@ -154,6 +154,44 @@ const std::map<std::string, void (*)(const Call &)> kLaunchers = {
                                 c.ints[4], c.at<int64_t>(5), 0, c.reals[0], 1, 0, 1, c.at<int64_t>(6),
                                 c.at<int64_t>(7), kDevice, nullptr));
      }},
+    {"pack",
+     [](const Call &c) {
+       const int64_t *size = c.ints.data() + 7;  // D, B, Hc, Wc, G, region, capacity
+       void *scratch = poisoned((size[1] * size[4] * size[2] + size[1]) * 8);
+       run(vqfast_cuda_pack(c.ints[0], c.rows(1, 0), size[0], c.at<int64_t>(1), size[1], size[2], size[3], size[4],
+                            size[5], size[6], c.buffers[2], c.at<int32_t>(3), c.at<int64_t>(4), c.at<int64_t>(5),
+                            scratch, kDevice, nullptr));
+       free(scratch);
+     }},
+    {"unpack",
+     [](const Call &c) {
+       const int64_t *size = c.ints.data() + 7;  // D, B, Hc, Wc, G, replicate
+       void *scratch = poisoned((size[1] * size[2] * size[3] << 2 * (size[4] - 1)) * 8);
+       run(vqfast_cuda_unpack(c.ints[0], c.rows(1, 0), size[0], c.at<int32_t>(1), c.at<int64_t>(2), c.at<int64_t>(3),
+                              c.at<int64_t>(4), size[1], size[2], size[3], size[4], size[5], c.buffers[5], scratch,
+                              kDevice, nullptr));
+       free(scratch);
+     }},
+    {"unpack_backward",
+     [](const Call &c) {
+       const int64_t *size = c.ints.data() + 7;  // D, T, B, Hc, Wc, G
+       void *scratch = poisoned((size[2] * size[3] * size[4] << 2 * (size[5] - 1)) * 8);
+       run(vqfast_cuda_unpack_backward(c.dtype(), c.rows(1, 0), size[0], c.at<int32_t>(1), c.at<int64_t>(2),
+                                       c.at<int64_t>(3), size[1], c.at<int64_t>(4), size[2], size[3], size[4], size[5],
+                                       c.buffers[5], scratch, kDevice, nullptr));
+       free(scratch);
+     }},
+    {"position_mask",
+     [](const Call &c) {
+       run(vqfast_cuda_position_mask(c.at<int64_t>(0), c.at<int64_t>(1), c.at<int64_t>(2), c.ints[0], c.ints[1],
+                                     c.ints[2], c.ints[3], c.ints[4], c.ints[5], c.at<uint8_t>(3), kDevice, nullptr));
+     }},
+    {"grain_entropy",
+     [](const Call &c) {
+       const int64_t *size = c.ints.data() + 1;  // B, C, H, W, four strides, P, bins
+       run(vqfast_cuda_grain_entropy(c.dtype(), c.buffers[0], size[0], size[1], size[2], size[3], size + 4, size[8],
+                                     size[9], c.reals[0], c.reals[1], c.reals[2], c.buffers[1], kDevice, nullptr));
+     }},
     // Search, lookup and statistics of float32 rows that lie more than 2^31 elements apart, in memory that is mapped
     // but, for the rows, never touched.
     {"far_rows",

@@ -55,7 +55,7 @@ DEVICES = (
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.op)
 def test_same_bits_in_any_order_of_threads_and_blocks_and_on_any_size_of_device(spec):
     """grid_x=2: blocks stride over what a device with few blocks leaves them."""
-    shapes = [shape for shape in spec.test_shapes if shape.get("N", 0) <= 200 and shape["K"] <= 1100]
+    shapes = [shape for shape in spec.test_shapes if shape.get("N", 0) <= 200 and shape.get("K", 0) <= 1100]
     calls = [simulator.CALLS[spec.op](*spec.inputs(shape, spec.dtypes[0], "cpu", 2)) for shape in shapes]
     expected = simulator.run(calls)
     for device in DEVICES:
@@ -73,6 +73,11 @@ RACE_SHAPES = {
     "q_sample": (dict(B=3, L=16, K=32, T=10),),
     "diffusion_loss": (dict(B=2, L=2, K=524, T=10), dict(B=1, L=2, K=131, T=10)),
     "p_sample": (dict(B=2, L=4, K=524, T=4, step=4), dict(B=1, L=4, K=131, T=4, step=4)),
+    "pack": (dict(B=3, H=3, W=4, G=3, D=3), dict(B=3, H=3, W=4, G=2, region=True, short=2)),
+    "unpack": (dict(B=3, H=3, W=4, G=3, D=9, shuffled=True), dict(B=2, H=3, W=4, G=2, shuffled=True, corner=True)),
+    "unpack_backward": (dict(B=3, H=3, W=4, G=3, D=9, shuffled=True), dict(B=2, H=3, W=4, G=2)),
+    "position_mask": (dict(B=4, H=4, W=4, G=3), dict(B=3, H=1, W=2, G=1)),
+    "grain_entropy": (dict(B=1, P=17, rows=1, columns=2), dict(B=1, P=3, rows=1, columns=2, bins=40)),
 }
 
 
@@ -291,6 +296,45 @@ class TestCodebookStats:
         torch.testing.assert_close(
             tuple(run_one(simulator.codebook_stats(x, indices, None, 6))), codebook_stats(x, indices, None, 6)
         )
+
+
+class TestPacking:
+    """Whatever the values are, nothing outside the buffers is read or written."""
+
+    wild = torch.tensor([-1, 2, 1 << 40, -(1 << 62), 0, 1, 15, 16])
+
+    def test_grains_out_of_range_are_brought_into_it(self):
+        grains = self.wild.reshape(1, 2, 4)
+        args = (torch.arange(32).reshape(1, 4, 8), grains, False, 32)
+        SPEC["pack"].check(tuple(run_one(simulator.pack(*args))), args)
+
+    @pytest.mark.parametrize("capacity", [0, 1, 7])
+    def test_a_capacity_that_is_too_small(self, capacity):
+        args = (torch.randn(2, 4, 8, 4), torch.ones(2, 2, 4, dtype=torch.int64), True, capacity)
+        SPEC["pack"].check(tuple(run_one(simulator.pack(*args))), args)
+
+    def test_sequences_that_are_none(self):
+        grains = torch.randint(2, (2, 2, 4), generator=torch.Generator().manual_seed(1))
+        position, grain = self.wild.repeat(8), self.wild.repeat_interleave(8)
+        limits = torch.tensor([[0, 30, 64], [5, 3, 1 << 30], [-(1 << 31), -3, 2], [70, 60, 50]], dtype=torch.int32)
+        for cu_seqlens in limits:
+            tokens = (cu_seqlens, position, grain, grains, 2)
+            [grid] = run_one(simulator.unpack(torch.randn(64, 8), *tokens, True))
+            [grad] = run_one(simulator.unpack_backward(torch.randn(2, 4, 8, 3), *tokens))
+            assert grid.isfinite().all() and grad.isfinite().all()
+
+    def test_positions_that_are_none(self):
+        args = (self.wild[None], self.wild[None].flip(1), torch.tensor([9]), 2, 4, 2, 40)
+        SPEC["position_mask"].check(run_one(simulator.position_mask(*args))[0], args)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_channel_first_features(self, dtype):
+        grains = torch.randint(2, (2, 3, 4), generator=torch.Generator().manual_seed(2))
+        args = (channel_first(2, 6, 8, 9, dtype=dtype), grains, False, 96)
+        packed = run_one(simulator.pack(*args))
+        SPEC["pack"].check(tuple(packed), args)
+        args = (channel_first(2, 6, 8, 9, dtype=dtype, seed=1), *packed[1:], grains, 2)
+        SPEC["unpack_backward"].check(run_one(simulator.unpack_backward(*args))[0], args)
 
 
 @pytest.mark.parametrize("op", ["diffusion_loss", "p_sample"])

@@ -52,6 +52,11 @@ SHAPES = {
     "q_sample": [dict(B=2, L=8, K=32, T=10)],
     "diffusion_loss": [dict(B=1, L=2, K=1024, T=10), dict(B=1, L=2, K=5000, T=10)],
     "p_sample": [dict(B=1, L=2, K=1024, T=10, known=True), dict(B=1, L=2, K=5000, T=10)],
+    "pack": [dict(B=2, H=16, W=16, G=2, D=256), dict(B=2, H=16, W=16, G=3, region=True)],
+    "unpack": [dict(B=2, H=16, W=16, G=2, D=256), dict(B=2, H=16, W=16, G=3, corner=True)],
+    "unpack_backward": [dict(B=2, H=16, W=16, G=2, D=256), dict(B=2, H=16, W=16, G=3)],
+    "position_mask": [dict(B=2, H=4, W=4, G=3)],
+    "grain_entropy": [dict(B=1, P=16, rows=2, columns=2)],
 }
 
 

@@ -26,7 +26,7 @@ from vqfast.kernels.specs import SPECS
 
 pytest.importorskip("triton")
 
-CASES: dict[str, dict[str, Callable[[], None]]] = {"search": {}, "statistics": {}, "diffusion": {}}
+CASES: dict[str, dict[str, Callable[[], None]]] = {"search": {}, "statistics": {}, "diffusion": {}, "packing": {}}
 _GROUP = {
     "nearest": "search",
     "lookup": "search",
@@ -35,6 +35,11 @@ _GROUP = {
     "q_sample": "diffusion",
     "diffusion_loss": "diffusion",
     "p_sample": "diffusion",
+    "pack": "packing",
+    "unpack": "packing",
+    "unpack_backward": "packing",
+    "position_mask": "packing",
+    "grain_entropy": "packing",
 }
 
 
@@ -49,6 +54,8 @@ def _programs(op: str, shape: dict) -> int:
         return shape["K"] * (4 if shape["K"] < 1024 and shape["N"] > 1000 else 1)
     if op == "p_sample":
         return shape["B"] * shape["L"]
+    if _GROUP[op] == "packing":
+        return 100 if shape["B"] * shape.get("H", 1) * shape.get("rows", 1) > 1 else 1
     return {"nearest": 1, "lookup": 1 / 8, "lookup_backward": 1 / 8}.get(op, 0) * shape.get("N", 0)
 
 

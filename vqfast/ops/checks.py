@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vqfast.ops.coverage import capacity_holds, covers_once, grains_in_range
+
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def checking() -> bool:
+    """Whether checks that cost a device sync were asked for."""
+    return os.environ.get("VQFAST_CHECK") == "1"
 
 
 def describe(value: Any) -> str:
@@ -126,7 +133,7 @@ def _known(known: Tensor | None, codebook_size: int) -> None:
 
 def _no_nan(name: str, scores: Tensor | None) -> None:
     """Only where asked for: it is a pass over the logits, and kernels give such rows a defined result."""
-    if _checked() and scores is not None and bool(scores.isnan().any()):
+    if checking() and scores is not None and bool(scores.isnan().any()):
         rows = scores.isnan().any(-1)
         b, l = (int(i) for i in rows.nonzero()[0])
         raise ValueError(f"{name}: expected no NaN, got NaN in {int(rows.sum())} tokens, the first at [{b}, {l}]")
@@ -155,6 +162,14 @@ def _p_sample(logits, unconditional, x_t, t, s, levels, noise, known, marginal, 
     _known(known, logits.shape[-1])
 
 
+def _pack(values: Tensor, grains: Tensor, region: bool, capacity: int) -> None:
+    grains_in_range(grains, (values.shape[1] // max(grains.shape[1], 1)).bit_length())
+
+
+def _position_mask(positions, grain_ids, grain, Hc, Wc, num_grains, vocab_size) -> None:
+    _check_range("grain", grain, 0, num_grains - 1, f"{num_grains} grains")
+
+
 _VALUE_CHECKS = {
     "lookup": lambda x, codebook, indices: _indices(indices, codebook.shape[0]),
     "codebook_stats": lambda x, indices, weights, codebook_size: _indices(indices, codebook_size),
@@ -162,15 +177,18 @@ _VALUE_CHECKS = {
     "posterior": _posterior,
     "diffusion_loss": _diffusion_loss,
     "p_sample": _p_sample,
+    "pack": _pack,
+    "position_mask": _position_mask,
 }
 
-
-def _checked() -> bool:
-    return os.environ.get("VQFAST_CHECK") == "1"
+# Checks that cost more than the op: with VQFAST_CHECK=1 only, on any device.
+_COSTLY_CHECKS = {"pack": capacity_holds, "unpack": covers_once}
 
 
 def check_values(op: str, args: tuple) -> None:
     """Raise ValueError where a value (not a shape) of an op's arguments is out of range."""
     check = _VALUE_CHECKS.get(op)
-    if check is not None and (args[0].device.type == "cpu" or _checked()):
+    if check is not None and (args[0].device.type == "cpu" or checking()):
         check(*args)
+    if op in _COSTLY_CHECKS and checking():
+        _COSTLY_CHECKS[op](*args)

@@ -47,6 +47,14 @@ class CompiledKernels:
         """Further buffers of `codebook_stats`, between its results and `where`."""
         return ()
 
+    def pack_memory(self, grains: Tensor, num_grains: int) -> tuple[Tensor | None, ...]:
+        """Further buffers of `pack`, between its results and `where`."""
+        return ()
+
+    def unpack_memory(self, grains: Tensor, num_grains: int) -> tuple[Tensor | None, ...]:
+        """Further buffers of `unpack` and `unpack_backward`, between their results and `where`."""
+        return ()
+
     def kernels(self) -> dict:
         return {
             "nearest": self.nearest,
@@ -58,6 +66,11 @@ class CompiledKernels:
             "diffusion_loss": self.diffusion_loss,
             "scale_rows_": self.scale_rows_,
             "p_sample": self.p_sample,
+            "pack": self.pack,
+            "unpack": self.unpack,
+            "unpack_backward": self.unpack_backward,
+            "position_mask": self.position_mask,
+            "grain_entropy": self.grain_entropy,
         }
 
     def _search(
@@ -229,3 +242,85 @@ class CompiledKernels:
             top_k, top_p, key.data_ptr(), x_s.data_ptr(), *self.where(logits),
         )  # fmt: skip
         return x_s
+
+    def pack(
+        self, values: Tensor, grains: Tensor, region: bool, capacity: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows, grains = as_rows(values if values.ndim == 4 else values[..., None]), grains.contiguous()
+        num_grains = (values.shape[1] // grains.shape[1]).bit_length()
+        packed = values.new_empty((capacity, *values.shape[3:]))
+        cu_seqlens = grains.new_empty(grains.shape[0] + 1, dtype=torch.int32)
+        positions, grain_ids = grains.new_empty(capacity), grains.new_empty(capacity)
+        memory = self.pack_memory(grains, num_grains)
+        self.extension.pack(
+            values.element_size(), rows.view, rows.tensor.shape[-1], grains.data_ptr(), *grains.shape, num_grains,
+            region, capacity, packed.data_ptr(), cu_seqlens.data_ptr(), positions.data_ptr(), grain_ids.data_ptr(),
+            *map(_address, memory), *self.where(values),
+        )  # fmt: skip
+        return packed, cu_seqlens, positions, grain_ids
+
+    def unpack(
+        self,
+        values: Tensor,
+        cu_seqlens: Tensor,
+        positions: Tensor,
+        grain_ids: Tensor,
+        grains: Tensor,
+        num_grains: int,
+        replicate: bool,
+    ) -> Tensor:
+        rows, cu_seqlens = as_rows(values if values.ndim == 2 else values[:, None]), cu_seqlens.contiguous()
+        positions, grain_ids, grains = positions.contiguous(), grain_ids.contiguous(), grains.contiguous()
+        B, Hc, Wc = grains.shape
+        factor = 1 << (num_grains - 1)
+        grid = values.new_empty((B, Hc * factor, Wc * factor, *values.shape[1:]))
+        memory = self.unpack_memory(grains, num_grains)
+        self.extension.unpack(
+            values.element_size(), rows.view, rows.tensor.shape[-1], cu_seqlens.data_ptr(), positions.data_ptr(),
+            grain_ids.data_ptr(), grains.data_ptr(), B, Hc, Wc, num_grains, replicate, grid.data_ptr(),
+            *map(_address, memory), *self.where(values),
+        )  # fmt: skip
+        return grid
+
+    def unpack_backward(
+        self,
+        grad: Tensor,
+        cu_seqlens: Tensor,
+        positions: Tensor,
+        grain_ids: Tensor,
+        grains: Tensor,
+        num_grains: int,
+    ) -> Tensor:
+        rows, cu_seqlens = as_rows(grad if grad.ndim == 4 else grad[..., None]), cu_seqlens.contiguous()
+        positions, grain_ids, grains = positions.contiguous(), grain_ids.contiguous(), grains.contiguous()
+        T = positions.shape[0]
+        grad_values = grad.new_empty((T, *grad.shape[3:]))
+        memory = self.unpack_memory(grains, num_grains)
+        self.extension.unpack_backward(
+            DTYPE[grad.dtype], rows.view, rows.tensor.shape[-1], cu_seqlens.data_ptr(), positions.data_ptr(),
+            grain_ids.data_ptr(), T, grains.data_ptr(), *grains.shape, num_grains, grad_values.data_ptr(),
+            *map(_address, memory), *self.where(grad),
+        )  # fmt: skip
+        return grad_values
+
+    def position_mask(
+        self, positions: Tensor, grain_ids: Tensor, grain: Tensor, Hc: int, Wc: int, num_grains: int, vocab_size: int
+    ) -> Tensor:
+        positions, grain_ids, grain = positions.contiguous(), grain_ids.contiguous(), grain.contiguous()
+        mask = positions.new_empty((positions.shape[0], vocab_size), dtype=torch.bool)
+        self.extension.position_mask(
+            positions.data_ptr(), grain_ids.data_ptr(), grain.data_ptr(), *positions.shape, Hc, Wc, num_grains,
+            vocab_size, mask.data_ptr(), *self.where(positions),
+        )  # fmt: skip
+        return mask
+
+    def grain_entropy(
+        self, images: Tensor, patch_size: int, num_bins: int, sigma: float, lowest: float, highest: float
+    ) -> Tensor:
+        B, _, H, W = images.shape
+        entropy = images.new_empty((B, H // patch_size, W // patch_size), dtype=_accumulator(images))
+        self.extension.grain_entropy(
+            DTYPE[images.dtype], images.data_ptr(), images.shape, images.stride(), patch_size, num_bins, sigma,
+            lowest, highest, entropy.data_ptr(), *self.where(images),
+        )  # fmt: skip
+        return entropy

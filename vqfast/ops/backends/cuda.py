@@ -68,5 +68,12 @@ class _CudaKernels(CompiledKernels):
         size = _cuda.codebook_stats_scratch(DTYPE[x.dtype], x.numel() // max(D, 1), D, codebook_size)
         return (x.new_empty(size, dtype=torch.uint8),)
 
+    def pack_memory(self, grains: Tensor, num_grains: int) -> tuple[Tensor | None, ...]:
+        B, Hc, _ = grains.shape
+        return (grains.new_empty(B * num_grains * Hc + B),)
+
+    def unpack_memory(self, grains: Tensor, num_grains: int) -> tuple[Tensor | None, ...]:
+        return (grains.new_empty(grains.numel() * 4 ** (num_grains - 1)),)
+
 
 KERNELS = _CudaKernels(_cuda).kernels()

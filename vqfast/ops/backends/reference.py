@@ -5,11 +5,15 @@ from torch import Tensor
 
 from vqfast.kernels.codebook_stats.reference import codebook_stats
 from vqfast.kernels.diffusion_loss.reference import diffusion_loss, diffusion_loss_grad
+from vqfast.kernels.grain_entropy.reference import grain_entropy
 from vqfast.kernels.lookup.reference import lookup, lookup_backward
 from vqfast.kernels.nearest.reference import nearest
 from vqfast.kernels.p_sample.reference import p_sample
+from vqfast.kernels.pack.reference import pack
+from vqfast.kernels.position_mask.reference import position_mask
 from vqfast.kernels.posterior.reference import posterior
 from vqfast.kernels.q_sample.reference import q_sample
+from vqfast.kernels.unpack.reference import unpack, unpack_backward
 
 NAME = "reference"
 PRIORITY = 0
@@ -98,4 +102,9 @@ KERNELS = {
     "diffusion_loss": _diffusion_loss,
     "scale_rows_": _scale_rows_,
     "p_sample": p_sample,
+    "pack": pack,
+    "unpack": unpack,
+    "unpack_backward": unpack_backward,
+    "position_mask": position_mask,
+    "grain_entropy": grain_entropy,
 }

@@ -135,6 +135,44 @@ def _p_sample(
     return uniform_p_sample(logits, x_t, t, s, levels[:, 0], known, temperature, key)
 
 
+def _pack(values: Tensor, grains: Tensor, region: bool, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from vqfast.kernels.pack.triton import pack
+
+    num_grains = (values.shape[1] // grains.shape[1]).bit_length()
+    rows = values if values.ndim == 4 else values[..., None]
+    packed, *layout = pack(_batches(rows), grains, num_grains, region, capacity)
+    return packed.view(capacity, *values.shape[3:]), *layout
+
+
+def _unpack(values: Tensor, *args: Any) -> Tensor:
+    from vqfast.kernels.unpack.triton import unpack
+
+    grains, num_grains = args[3:5]
+    grid = unpack(values if values.ndim == 2 else values[:, None], *args)
+    (B, Hc, Wc), factor = grains.shape, 2 ** (num_grains - 1)
+    return grid.view(B, Hc * factor, Wc * factor, *values.shape[1:])
+
+
+def _unpack_backward(grad: Tensor, *args: Any) -> Tensor:
+    from vqfast.kernels.unpack.triton import unpack_backward
+
+    return unpack_backward(_batches(grad if grad.ndim == 4 else grad[..., None]), *args).view(
+        args[1].shape[0], *grad.shape[3:]
+    )
+
+
+def _position_mask(*args: Any) -> Tensor:
+    from vqfast.kernels.position_mask.triton import position_mask
+
+    return position_mask(*args)
+
+
+def _grain_entropy(*args: Any) -> Tensor:
+    from vqfast.kernels.grain_entropy.triton import grain_entropy
+
+    return grain_entropy(*args)
+
+
 KERNELS = {
     "nearest": _on_its_device(_nearest),
     "nearest_counted": _on_its_device(_nearest_counted),
@@ -146,4 +184,9 @@ KERNELS = {
     "diffusion_loss": _on_its_device(_diffusion_loss),
     "scale_rows_": _on_its_device(_scale_rows_),
     "p_sample": _on_its_device(_p_sample),
+    "pack": _on_its_device(_pack),
+    "unpack": _on_its_device(_unpack),
+    "unpack_backward": _on_its_device(_unpack_backward),
+    "position_mask": _on_its_device(_position_mask),
+    "grain_entropy": _on_its_device(_grain_entropy),
 }

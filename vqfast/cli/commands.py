@@ -5,11 +5,14 @@ from typing import Annotated
 
 from tyro.conf import subcommand
 
+from vqfast.cli.convert import Convert
 from vqfast.cli.demo import Demo
 from vqfast.cli.generate import Inpaint, Reconstruct, Sample
 from vqfast.cli.presets import Presets
+from vqfast.cli.refit import Prune, Refit
 from vqfast.cli.runs import Report, Runs, Share
 from vqfast.cli.train_vqddm import TrainVQDDM
+from vqfast.cli.train_vqgan import TrainVQGAN
 from vqfast.cli.train_vqvae import TrainVQVAE
 
 
@@ -17,7 +20,11 @@ from vqfast.cli.train_vqvae import TrainVQVAE
 class Train:
     """Train a model. --config FILE.yaml takes settings from a file, such as a run's config.yaml."""
 
-    model: Annotated[TrainVQVAE, subcommand("vqvae")] | Annotated[TrainVQDDM, subcommand("vqddm")]
+    model: (
+        Annotated[TrainVQVAE, subcommand("vqvae")]
+        | Annotated[TrainVQGAN, subcommand("vqgan")]
+        | Annotated[TrainVQDDM, subcommand("vqddm")]
+    )
 
     def execute(self) -> None:
         self.model.execute()
@@ -38,6 +45,9 @@ COMMANDS = (
     | Annotated[Sample, subcommand("sample")]
     | Annotated[Inpaint, subcommand("inpaint")]
     | Annotated[Reconstruct, subcommand("reconstruct")]
+    | Annotated[Refit, subcommand("refit")]
+    | Annotated[Prune, subcommand("prune")]
+    | Annotated[Convert, subcommand("convert")]
     | Annotated[Runs, subcommand("runs")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Share, subcommand("share")]
@@ -47,4 +57,4 @@ COMMANDS = (
 )
 
 # Those that take --config, by the words that call them.
-CONFIGURABLE = {"train vqvae": TrainVQVAE, "train vqddm": TrainVQDDM}
+CONFIGURABLE = {"train vqvae": TrainVQVAE, "train vqgan": TrainVQGAN, "train vqddm": TrainVQDDM}

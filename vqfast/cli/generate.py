@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor
 from tyro.conf import Positional, arg
 
 from vqfast.cli.training import AUTOENCODER, check_channels, describe, encode, pick_device
-from vqfast.data import open_dataset, to_float, to_uint8
+from vqfast.data import ImageData, open_dataset, to_float, to_uint8
 from vqfast.evaluate import codebook_usage, perplexity, psnr, ssim
 from vqfast.evaluate.figures import hide, save_grid
+from vqfast.models.autoencoder import Autoencoder
 from vqfast.models.vqddm import VQDDM
-from vqfast.models.vqvae import VQVAE
-from vqfast.train import RunError, check_new, create_run, load_model, open_run
+from vqfast.train import RunError, check_new, create_run, load_autoencoder, load_model, open_run
 from vqfast.train.runs import write_json
 
 COLUMNS = 16
@@ -162,10 +162,10 @@ class Inpaint:
 
 @dataclass
 class Reconstruct:
-    """Send images through a VQ-VAE's codes and back, and measure what is lost."""
+    """Send images through an autoencoder's codes and back, and measure what is lost."""
 
     run: Positional[Path]
-    """Run of a VQ-VAE, or of a VQ-DDM, which holds its own."""
+    """Run of a VQ-VAE or VQGAN, or of a VQ-DDM, which holds its own."""
     data: str
     """Images: see vqfast train vqvae."""
     out: Path
@@ -182,21 +182,8 @@ class Reconstruct:
         autoencoder = _load_autoencoder(self.run, pick_device(self.device))
         data = open_dataset(self.data, image_size=autoencoder.config.image_size)
         check_channels(data, autoencoder)
-        codes = encode(autoencoder, data, self.split)
-        indices = data.indices(self.split)
-        originals = data.images[indices]
-        results = _decode(autoencoder, codes)
-        size = autoencoder.config.codebook_size
-        one, other = to_float(results), to_float(originals)
-        metrics = {
-            "split": self.split,
-            "images": len(originals),
-            "psnr_db": psnr(one, other).mean().item(),
-            "ssim": ssim(one, other).mean().item(),
-            "codebook_size": size,
-            "codebook_usage": codebook_usage(codes, size),
-            "perplexity": perplexity(codes, size),
-        }
+        metrics, results = measure(autoencoder, data, self.split)
+        originals, size = data.images[data.indices(self.split)], metrics["codebook_size"]
 
         info = {"model": str(self.run), "data": describe(data)}
         out = create_run(self.out, "reconstruct", info).path
@@ -218,7 +205,26 @@ class Reconstruct:
         print(f"{out}: PSNR {metrics['psnr_db']:.2f} dB, codebook usage {metrics['codebook_usage']:.1%}")
 
 
-def _load(run: Path, device: torch.device) -> tuple[VQDDM, VQVAE, tuple[str, ...]]:
+def measure(autoencoder: Autoencoder, data: ImageData, split: str) -> tuple[dict[str, Any], np.ndarray]:
+    """What is left of the images of a split after the codes: figures, and the images (N, H, W, C) uint8."""
+    codes = encode(autoencoder, data, split)
+    results = _decode(autoencoder, codes)
+    size = autoencoder.config.codebook_size
+    one, other = to_float(results), to_float(data.images[data.indices(split)])
+    metrics = {
+        "split": split,
+        "images": len(results),
+        "psnr_db": psnr(one, other).mean().item(),
+        "ssim": ssim(one, other).mean().item(),
+        "codebook_size": size,
+        "codebook_usage": codebook_usage(codes, size),
+        "codebook_usage_10": codebook_usage(codes, size, times=10),
+        "perplexity": perplexity(codes, size),
+    }
+    return metrics, results
+
+
+def _load(run: Path, device: torch.device) -> tuple[VQDDM, Autoencoder, tuple[str, ...]]:
     """A VQ-DDM, its VQ-VAE, and the names of its classes, empty for an unconditional model."""
     info = open_run(run, "vqddm").info
     model = load_model(run, "vqddm", device)
@@ -226,10 +232,10 @@ def _load(run: Path, device: torch.device) -> tuple[VQDDM, VQVAE, tuple[str, ...
     return model, _load_autoencoder(run, device), classes
 
 
-def _load_autoencoder(run: Path, device: torch.device) -> VQVAE:
+def _load_autoencoder(run: Path, device: torch.device) -> Autoencoder:
     if open_run(run).kind == "vqddm":
         run = run / AUTOENCODER
-    return load_model(run, "vqvae", device)
+    return load_autoencoder(run, device)
 
 
 def _steps(steps: int | None, model: VQDDM) -> int | None:
@@ -269,14 +275,14 @@ def _spread(indices: np.ndarray, n: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def _decode(autoencoder: VQVAE, codes: Tensor) -> np.ndarray:
+def _decode(autoencoder: Autoencoder, codes: Tensor) -> np.ndarray:
     """(N, h, w) codes to (N, H, W, C) uint8."""
     device = next(autoencoder.parameters()).device
     return np.concatenate([to_uint8(autoencoder.decode_codes(part.to(device))) for part in codes.split(BATCH)])
 
 
 @torch.no_grad()
-def _codes_around(autoencoder: VQVAE, images: np.ndarray, hidden: np.ndarray, device: torch.device) -> Tensor:
+def _codes_around(autoencoder: Autoencoder, images: np.ndarray, hidden: np.ndarray, device: torch.device) -> Tensor:
     """Codes (N, h, w) of images whose hidden pixels are blanked first.
 
     A code sees beyond its own pixels, and none may carry what the model is to guess.

@@ -12,8 +12,7 @@ from torch import Tensor
 from vqfast.cli.training import AUTOENCODER, begin, check_channels, describe, encode, pick_device, start
 from vqfast.data import CodeBatches, ImageData, open_dataset
 from vqfast.models.vqddm import VQDDM, VQDDMConfig
-from vqfast.models.vqvae import VQVAE
-from vqfast.train import TrainConfig, load_model, train
+from vqfast.train import TrainConfig, load_autoencoder, train
 from vqfast.train.checkpoint import INDEX, WEIGHTS, newest_checkpoint
 from vqfast.train.runs import RUN_FILE
 
@@ -25,7 +24,7 @@ class TrainVQDDM:
     """Train a VQ-DDM: discrete diffusion on the codes that a trained VQ-VAE gives to images."""
 
     vqvae: Path
-    """Run of the VQ-VAE."""
+    """Run of the VQ-VAE or VQGAN."""
     data: str
     """Images to model: see vqfast train vqvae."""
     out: Path
@@ -56,7 +55,7 @@ class TrainVQDDM:
 
     def execute(self) -> None:
         processes = start(self)
-        autoencoder: VQVAE = load_model(self.vqvae, "vqvae")
+        autoencoder = load_autoencoder(self.vqvae)
         data = open_dataset(self.data, image_size=autoencoder.config.image_size)
         check_channels(data, autoencoder)
         grid = (autoencoder.config.grid_size,) * 2
@@ -86,7 +85,7 @@ class TrainVQDDM:
         }
         begin(self, "train vqddm", info, processes)
         if processes.is_main_process:
-            _copy_autoencoder(self.vqvae, weights, self.out / AUTOENCODER)
+            copy_autoencoder(self.vqvae, weights, self.out / AUTOENCODER)
 
         device = pick_device(self.training.device)
         autoencoder.to(device)
@@ -105,7 +104,8 @@ class TrainVQDDM:
         processes.print(f"{self.out}: trained a VQ-DDM for {self.training.steps} steps on {len(codes)} encoded images")
 
 
-def _copy_autoencoder(run: Path, weights: Path, target: Path) -> None:
+def copy_autoencoder(run: Path, weights: Path, target: Path) -> None:
+    """Put an autoencoder's run, with the checkpoint `weights` of it alone, into the run of a model of its codes."""
     if target.exists():
         return
     folder = target.with_name(f".{target.name}")

@@ -1,15 +1,14 @@
 """`vqfast train vqvae`."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from vqfast.cli.training import begin, describe, start
-from vqfast.data import DataError, ImageBatches, ImageData, open_dataset
+from vqfast.cli.training import mults_for, open_square, start, train_on_images
 from vqfast.models.vqvae import VQVAE, VQVAEConfig
-from vqfast.train import TrainConfig, train
+from vqfast.train import TrainConfig
 
 
 @dataclass
@@ -47,15 +46,13 @@ class TrainVQVAE:
 
     def execute(self) -> None:
         processes = start(self)
-        data = open_dataset(self.data, image_size=self.image_size)
-        height, width = data.image_size
-        if height != width:
-            raise DataError(f"{self.data}: images of {width}x{height} pixels: choose a square with --image-size")
+        data = open_square(self, self.image_size)
+        size = data.image_size[0]
         config = VQVAEConfig(
-            image_size=height,
+            image_size=size,
             in_channels=data.channels,
             channels=self.channels,
-            mults=self.mults or _mults(height),
+            mults=self.mults or mults_for(size),
             num_res_blocks=self.num_res_blocks,
             attention_resolutions=self.attention_resolutions,
             dropout=self.dropout,
@@ -65,24 +62,4 @@ class TrainVQVAE:
             reconstruction_loss=self.reconstruction_loss,
         )
         torch.manual_seed(self.training.seed)
-        model = VQVAE(config)
-        images, held_out = ImageBatches(data), _held_out_images(data)
-        info = {"model": asdict(config), "data": describe(data), "training": asdict(self.training)}
-        begin(self, "train vqvae", info, processes)
-        train(model, images, self.training, self.out, held_out=held_out, resume=self.resume)
-        processes.print(f"{self.out}: trained a VQ-VAE for {self.training.steps} steps on {len(images)} images")
-
-
-def _held_out_images(data: ImageData) -> ImageBatches | None:
-    return ImageBatches(data, "held-out") if data.held_out.any() else None
-
-
-def _mults(image_size: int) -> tuple[int, ...]:
-    """Levels that leave a grid of about 4 to 16 codes a side."""
-    if image_size <= 16:
-        return (1, 2)
-    if image_size <= 64:
-        return (1, 2, 2)
-    if image_size <= 128:
-        return (1, 2, 2, 4)
-    return (1, 1, 2, 2, 4)
+        train_on_images(self, "train vqvae", VQVAE(config), data, processes)

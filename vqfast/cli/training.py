@@ -1,27 +1,30 @@
 """What training commands share: the run's beginning, the data's description, encoding, the training itself."""
 
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vqfast.cli.settings import write_settings
-from vqfast.data import DataError, ImageBatches, ImageData
-from vqfast.models.vqvae import VQVAE
-from vqfast.train import RunError, check_new, create_run, open_run
+from vqfast.data import DataError, ImageBatches, ImageData, open_dataset
+from vqfast.models.autoencoder import Autoencoder
+from vqfast.models.registry import kind_of
+from vqfast.train import RunError, check_new, create_run, open_run, train
 from vqfast.train.checkpoint import resumable_checkpoint
 from vqfast.train.config import FREE_ON_RESUME
 from vqfast.train.progress import check_idle
 from vqfast.train.runs import RUN_FILE, write_json
 
 AUTOENCODER = "vqvae"  # folder of a VQ-DDM run that holds its VQ-VAE, so that the run stands alone
+_NAMES = {"vqvae": "VQ-VAE", "vqgan": "VQGAN"}
 
 
-def encode(autoencoder: VQVAE, data: ImageData, split: str) -> Tensor:
+def encode(autoencoder: Autoencoder, data: ImageData, split: str) -> Tensor:
     """Codes of a split of the data: (N, h, w) int64 on the CPU."""
     batches = ImageBatches(data, split)
     device = next(autoencoder.parameters()).device
@@ -34,7 +37,7 @@ def encode(autoencoder: VQVAE, data: ImageData, split: str) -> Tensor:
     return torch.cat(codes)
 
 
-def check_channels(data: ImageData, autoencoder: VQVAE) -> None:
+def check_channels(data: ImageData, autoencoder: Autoencoder) -> None:
     """Raises DataError where grey images meet a model of coloured ones, or the other way round."""
     expected = autoencoder.config.in_channels
     if data.channels != expected:
@@ -77,16 +80,16 @@ def start(command: Any) -> PartialState:
     return processes
 
 
-def begin(command: Any, name: str, info: dict[str, Any], processes: PartialState) -> None:
+def begin(command: Any, name: str, info: dict[str, Any], processes: PartialState, *, kind: str | None = None) -> None:
     """Make the run, or make sure that the one to resume was started with the same settings and can be resumed.
 
     Args:
         command: as for `start`.
-        name: of the command, such as "train vqvae"; its last word is the run's kind.
+        name: of the command, such as "train vqvae"; its last word is the run's kind, unless given.
         info: what run.json is to say: "model", "data", ... and "training".
     """
     if processes.is_main_process:
-        kind = name.split()[-1]
+        kind = kind or name.split()[-1]
         if command.resume:
             _check_same(command.out, kind, info)
             resumable_checkpoint(command.out, kind, say=lambda text: None)
@@ -96,6 +99,59 @@ def begin(command: Any, name: str, info: dict[str, Any], processes: PartialState
             create_run(command.out, kind, info)
         write_settings(command.out, name, command, info["model"])
     processes.wait_for_everyone()
+
+
+def open_square(command: Any, image_size: int | None) -> ImageData:
+    """The images of a command's `data`, all of one square size.
+
+    Raises:
+        DataError: they cannot be read, or are not square.
+    """
+    data = open_dataset(command.data, image_size=image_size)
+    height, width = data.image_size
+    if height != width:
+        raise DataError(f"{command.data}: images of {width}x{height} pixels: choose a square with --image-size")
+    return data
+
+
+def train_on_images(
+    command: Any,
+    name: str,
+    model: nn.Module,
+    data: ImageData,
+    processes: PartialState,
+    settings: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Begin the run of a command, and train its model on images.
+
+    Args:
+        command, name, processes: as for `begin`.
+        model: of a kind that the registry knows.
+        data: its images.
+        settings: sections of run.json beside model, data and training.
+
+    Returns:
+        The model to use, in eval mode.
+    """
+    info = {"model": asdict(model.config), "data": describe(data), "training": asdict(command.training)}
+    begin(command, name, info | (settings or {}), processes, kind=kind_of(model))
+    images = ImageBatches(data)
+    held_out = ImageBatches(data, "held-out") if data.held_out.any() else None
+    model = train(model, images, command.training, command.out, held_out=held_out, resume=command.resume)
+    steps = command.training.steps
+    processes.print(f"{command.out}: trained a {_NAMES[kind_of(model)]} for {steps} steps on {len(images)} images")
+    return model
+
+
+def mults_for(image_size: int) -> tuple[int, ...]:
+    """Levels that leave a grid of about 4 to 16 codes a side."""
+    if image_size <= 16:
+        return (1, 2)
+    if image_size <= 64:
+        return (1, 2, 2)
+    if image_size <= 128:
+        return (1, 2, 2, 4)
+    return (1, 1, 2, 2, 4)
 
 
 def _check_same(out: Path, kind: str, info: dict[str, Any]) -> None:

@@ -32,9 +32,12 @@ class Preset:
         return sum(p.numel() for p in self.build("meta").parameters())
 
 
+_VQGAN = "VQGAN (Esser et al. 2021), with its discriminator: ImageNet"
 _VQDDM = "VQ-DDM (arXiv 2112.01799)"
 
 PRESETS: dict[str, Preset] = {
+    "vqgan-f16-1024": Preset("vqgan", {}, f"{_VQGAN}, 16x16 codes of 1024"),
+    "vqgan-f16-16384": Preset("vqgan", {"codebook_size": 16384}, f"{_VQGAN}, 16x16 codes of 16384"),
     "vqddm-512": Preset("vqddm", {"codebook_size": 512}, f"{_VQDDM}, 16x16 codes of 512"),
     "vqddm-1024": Preset("vqddm", {"codebook_size": 1024}, f"{_VQDDM}, 16x16 codes of 1024"),
 }

@@ -2,14 +2,19 @@
 
 from torch import nn
 
+from vqfast.models.autoencoder import Autoencoder
 from vqfast.models.vqddm import VQDDM, VQDDMConfig
+from vqfast.models.vqgan import VQGAN, VQGANConfig
 from vqfast.models.vqvae import VQVAE, VQVAEConfig
 
 # kind -> (model, its configuration)
 MODELS: dict[str, tuple[type[nn.Module], type]] = {
     "vqvae": (VQVAE, VQVAEConfig),
+    "vqgan": (VQGAN, VQGANConfig),
     "vqddm": (VQDDM, VQDDMConfig),
 }
+# Those that make of an image one grid of codes, and of that an image.
+AUTOENCODERS = tuple(kind for kind, (model_class, _) in MODELS.items() if issubclass(model_class, Autoencoder))
 
 
 def kind_of(model: nn.Module) -> str:

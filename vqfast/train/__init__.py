@@ -1,6 +1,6 @@
 """Training any model that has a `training_step`: the loop, its checkpoints, and the folder they live in."""
 
-from vqfast.train.checkpoint import load_model
+from vqfast.train.checkpoint import load_autoencoder, load_model
 from vqfast.train.config import TrainConfig
 from vqfast.train.errors import CheckpointError, RunError
 from vqfast.train.runs import Run, check_new, create_run, open_run
@@ -15,6 +15,7 @@ __all__ = [
     "TrainConfig",
     "check_new",
     "create_run",
+    "load_autoencoder",
     "load_model",
     "open_run",
     "train",

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vqfast.models.registry import build, kind_of
+from vqfast.models.autoencoder import Autoencoder
+from vqfast.models.registry import AUTOENCODERS, build, kind_of
 from vqfast.train.errors import CheckpointError, RunError
 from vqfast.train.runs import FORMAT, Run, check_format, open_run, read_json, write_json
 
@@ -239,6 +240,14 @@ def model_from(checkpoint: Checkpoint) -> nn.Module:
         reason = str(error).splitlines()[0]
         raise RunError(f"{checkpoint.path}: not the weights of its configuration: {reason}") from error
     return model.eval()
+
+
+def load_autoencoder(run: Path | str, device: torch.device | str = "cpu") -> Autoencoder:
+    """As `load_model`, of any kind that encodes images to a grid of codes."""
+    found = open_run(run).kind
+    if found not in AUTOENCODERS:
+        raise RunError(f"{run}: holds a {found} run, expected a {' or '.join(AUTOENCODERS)} run")
+    return load_model(run, found, device)
 
 
 def remove_unfinished(run: Path) -> None:

@@ -5,12 +5,14 @@ from typing import Annotated
 
 from tyro.conf import subcommand
 
+from vqfast.cli.compare_dqvae import CompareDQVAE
 from vqfast.cli.convert import Convert
 from vqfast.cli.demo import Demo
 from vqfast.cli.generate import Inpaint, Reconstruct, Sample
 from vqfast.cli.presets import Presets
 from vqfast.cli.refit import Prune, Refit
 from vqfast.cli.runs import Report, Runs, Share
+from vqfast.cli.train_dqvae import TrainDQVAE
 from vqfast.cli.train_vqddm import TrainVQDDM
 from vqfast.cli.train_vqgan import TrainVQGAN
 from vqfast.cli.train_vqvae import TrainVQVAE
@@ -23,6 +25,7 @@ class Train:
     model: (
         Annotated[TrainVQVAE, subcommand("vqvae")]
         | Annotated[TrainVQGAN, subcommand("vqgan")]
+        | Annotated[TrainDQVAE, subcommand("dqvae")]
         | Annotated[TrainVQDDM, subcommand("vqddm")]
     )
 
@@ -52,9 +55,15 @@ COMMANDS = (
     | Annotated[Report, subcommand("report")]
     | Annotated[Share, subcommand("share")]
     | Annotated[Presets, subcommand("presets")]
+    | Annotated[CompareDQVAE, subcommand("compare")]
     | Annotated[Demo, subcommand("demo")]
     | Annotated[Doctor, subcommand("doctor")]
 )
 
 # Those that take --config, by the words that call them.
-CONFIGURABLE = {"train vqvae": TrainVQVAE, "train vqgan": TrainVQGAN, "train vqddm": TrainVQDDM}
+CONFIGURABLE = {
+    "train vqvae": TrainVQVAE,
+    "train vqgan": TrainVQGAN,
+    "train dqvae": TrainDQVAE,
+    "train vqddm": TrainVQDDM,
+}

@@ -11,7 +11,15 @@ from tyro.conf import Positional, subcommand
 
 from vqfast.cli.train_vqddm import copy_autoencoder
 from vqfast.cli.training import AUTOENCODER
-from vqfast.models.converters import vqddm_config, vqddm_state_dict, vqgan_config, vqgan_state_dict
+from vqfast.models.converters import (
+    dqvae_config,
+    dqvae_state_dict,
+    vqddm_config,
+    vqddm_state_dict,
+    vqgan_config,
+    vqgan_state_dict,
+)
+from vqfast.models.dqvae import DQVAE
 from vqfast.models.registry import kind_of
 from vqfast.models.vqddm import VQDDM
 from vqfast.models.vqgan import VQGAN
@@ -74,10 +82,35 @@ class ConvertVQDDM:
 
 
 @dataclass
+class ConvertDQVAE:
+    """A DQ-VAE of its released code: two or three grains, feature or entropy router."""
+
+    checkpoint: Positional[Path]
+    """The .ckpt, .pt, .pth or .safetensors file."""
+    out: Path
+    """Folder of the run; made, and never overwritten."""
+
+    def execute(self) -> None:
+        check_new(self.out)
+        with _blaming(self.checkpoint):
+            weights = read_weights(self.checkpoint)
+            model = DQVAE(dqvae_config(weights))
+            model.load_state_dict(dqvae_state_dict(weights))
+        _save(self.out, model, {"source": str(self.checkpoint)})
+        c = model.config
+        cells, most = c.grid_size**2, c.fine_grid_size**2
+        print(f"{self.out}: a DQ-VAE of {c.codebook_size} codes, {cells} to {most} of them for {c.image_size} pixels")
+
+
+@dataclass
 class Convert:
     """Make a run of a checkpoint of released code. Only tensors are read from it."""
 
-    kind: Annotated[ConvertTaming, subcommand("taming")] | Annotated[ConvertVQDDM, subcommand("vqddm")]
+    kind: (
+        Annotated[ConvertTaming, subcommand("taming")]
+        | Annotated[ConvertVQDDM, subcommand("vqddm")]
+        | Annotated[ConvertDQVAE, subcommand("dqvae")]
+    )
 
     def execute(self) -> None:
         self.kind.execute()

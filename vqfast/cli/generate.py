@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tyro.conf import Positional, arg
 
+from vqfast.cli.reconstruct_dynamic import reconstruct_dynamic, spread
 from vqfast.cli.training import AUTOENCODER, check_channels, describe, encode, pick_device
 from vqfast.data import ImageData, open_dataset, to_float, to_uint8
 from vqfast.evaluate import codebook_usage, perplexity, psnr, ssim
@@ -114,7 +115,7 @@ class Inpaint:
         model, autoencoder, classes = _load(self.run, device)
         data = open_dataset(self.data, image_size=autoencoder.config.image_size)
         check_channels(data, autoencoder)
-        chosen = _spread(data.indices(self.split), self.n)
+        chosen = spread(data.indices(self.split), self.n)
         images = data.images[chosen]
         labels = None
         if classes and not self.unconditional:
@@ -165,7 +166,7 @@ class Reconstruct:
     """Send images through an autoencoder's codes and back, and measure what is lost."""
 
     run: Positional[Path]
-    """Run of a VQ-VAE or VQGAN, or of a VQ-DDM, which holds its own."""
+    """Run of a VQ-VAE, VQGAN or DQ-VAE, or of a VQ-DDM, which holds its own."""
     data: str
     """Images: see vqfast train vqvae."""
     out: Path
@@ -174,11 +175,22 @@ class Reconstruct:
     """Which images."""
     n: Annotated[int, arg(aliases=["-n"])] = 32
     """How many to show; all of the split are measured."""
+    target_codes: int | None = None
+    """DQ-VAE: codes for each image. Default: as many as its router gives."""
+    target_error: float | None = None
+    """DQ-VAE: as few codes for each image as bring its mean squared error (values in [-1, 1]) below this."""
     device: Literal["auto", "cpu"] = "auto"
     """auto takes a GPU where there is one."""
 
     def execute(self) -> None:
         check_new(self.out)
+        if open_run(self.run).kind == "dqvae":
+            reconstruct_dynamic(self)
+            return
+        if self.target_codes is not None or self.target_error is not None:
+            raise RunError(
+                f"--target-codes, --target-error: need a DQ-VAE, {self.run} has as many codes for every image"
+            )
         autoencoder = _load_autoencoder(self.run, pick_device(self.device))
         data = open_dataset(self.data, image_size=autoencoder.config.image_size)
         check_channels(data, autoencoder)
@@ -188,7 +200,7 @@ class Reconstruct:
         info = {"model": str(self.run), "data": describe(data)}
         out = create_run(self.out, "reconstruct", info).path
         write_json(out / "metrics.json", metrics)
-        shown = _spread(np.arange(len(originals)), self.n)
+        shown = spread(np.arange(len(originals)), self.n)
         rows = []
         for start in range(0, len(shown), COLUMNS):
             part = shown[start : start + COLUMNS]
@@ -265,13 +277,6 @@ def _rows_of(images: np.ndarray, labels: Tensor | None, classes: tuple[str, ...]
         rows.append(images[labels.numpy() == label][:COLUMNS])
         names.append(classes[label])
     return rows, names
-
-
-def _spread(indices: np.ndarray, n: int) -> np.ndarray:
-    """n of the indices, evenly spaced."""
-    if n < 1:
-        raise RunError(f"--n: expected at least 1, got {n}")
-    return indices[np.linspace(0, len(indices) - 1, min(n, len(indices))).round().astype(int)]
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ class TrainVQGAN:
             commitment_weight=self.commitment_weight,
             perceptual_weight=self.perceptual_weight,
             disc_channels=self.disc_channels,
-            disc_layers=self.disc_layers or _disc_layers(size),
+            disc_layers=self.disc_layers or most_disc_layers(size),
             disc_loss=self.disc_loss,
             disc_start=self.disc_start,
             disc_weight=self.disc_weight,
@@ -111,6 +111,6 @@ def load_lpips(paths: tuple[Path, ...]) -> LPIPS | None:
         raise RunError(f"{', '.join(map(str, paths))}: {error}") from error
 
 
-def _disc_layers(image_size: int) -> int:
+def most_disc_layers(image_size: int) -> int:
     """The published three halvings, or as many as leave a logit."""
     return max(n for n in (1, 2, 3) if n == 1 or 3 * 2**n <= image_size)

@@ -21,7 +21,7 @@ from vqfast.train.progress import check_idle
 from vqfast.train.runs import RUN_FILE, write_json
 
 AUTOENCODER = "vqvae"  # folder of a VQ-DDM run that holds its VQ-VAE, so that the run stands alone
-_NAMES = {"vqvae": "VQ-VAE", "vqgan": "VQGAN"}
+_NAMES = {"vqvae": "VQ-VAE", "vqgan": "VQGAN", "dqvae": "DQ-VAE"}
 
 
 def encode(autoencoder: Autoencoder, data: ImageData, split: str) -> Tensor:

@@ -3,6 +3,7 @@
 from torch import nn
 
 from vqfast.models.autoencoder import Autoencoder
+from vqfast.models.dqvae import DQVAE, DQVAEConfig
 from vqfast.models.vqddm import VQDDM, VQDDMConfig
 from vqfast.models.vqgan import VQGAN, VQGANConfig
 from vqfast.models.vqvae import VQVAE, VQVAEConfig
@@ -11,6 +12,7 @@ from vqfast.models.vqvae import VQVAE, VQVAEConfig
 MODELS: dict[str, tuple[type[nn.Module], type]] = {
     "vqvae": (VQVAE, VQVAEConfig),
     "vqgan": (VQGAN, VQGANConfig),
+    "dqvae": (DQVAE, DQVAEConfig),
     "vqddm": (VQDDM, VQDDMConfig),
 }
 # Those that make of an image one grid of codes, and of that an image.

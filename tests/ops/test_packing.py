@@ -120,6 +120,7 @@ def test_compiles_whole_without_a_recompile_for_each_batch_size():
         return ops.unpack(ops.Packed(packed.values * 2, *packed[1:]), grains)
 
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     for B in (2, 3, 5):
         x, grains = torch.randn(B, 8, 8, 3, requires_grad=True), random_map(B, 4, 4, 2)
         out = both(x, grains)

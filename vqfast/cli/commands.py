@@ -6,13 +6,16 @@ from typing import Annotated
 from tyro.conf import subcommand
 
 from vqfast.cli.compare_dqvae import CompareDQVAE
+from vqfast.cli.compare_generation import CompareGeneration
 from vqfast.cli.convert import Convert
 from vqfast.cli.demo import Demo
 from vqfast.cli.generate import Inpaint, Reconstruct, Sample
 from vqfast.cli.presets import Presets
 from vqfast.cli.refit import Prune, Refit
 from vqfast.cli.runs import Report, Runs, Share
+from vqfast.cli.train_dq_transformer import TrainDQTransformer
 from vqfast.cli.train_dqvae import TrainDQVAE
+from vqfast.cli.train_raster_gpt import TrainRasterGPT
 from vqfast.cli.train_vqddm import TrainVQDDM
 from vqfast.cli.train_vqgan import TrainVQGAN
 from vqfast.cli.train_vqvae import TrainVQVAE
@@ -27,10 +30,22 @@ class Train:
         | Annotated[TrainVQGAN, subcommand("vqgan")]
         | Annotated[TrainDQVAE, subcommand("dqvae")]
         | Annotated[TrainVQDDM, subcommand("vqddm")]
+        | Annotated[TrainDQTransformer, subcommand("dq_transformer")]
+        | Annotated[TrainRasterGPT, subcommand("raster_gpt")]
     )
 
     def execute(self) -> None:
         self.model.execute()
+
+
+@dataclass
+class Compare:
+    """Measure a paper's claim on your images."""
+
+    claim: Annotated[CompareDQVAE, subcommand("dqvae")] | Annotated[CompareGeneration, subcommand("generation")]
+
+    def execute(self) -> None:
+        self.claim.execute()
 
 
 @dataclass
@@ -55,7 +70,7 @@ COMMANDS = (
     | Annotated[Report, subcommand("report")]
     | Annotated[Share, subcommand("share")]
     | Annotated[Presets, subcommand("presets")]
-    | Annotated[CompareDQVAE, subcommand("compare")]
+    | Annotated[Compare, subcommand("compare")]
     | Annotated[Demo, subcommand("demo")]
     | Annotated[Doctor, subcommand("doctor")]
 )
@@ -66,4 +81,6 @@ CONFIGURABLE = {
     "train vqgan": TrainVQGAN,
     "train dqvae": TrainDQVAE,
     "train vqddm": TrainVQDDM,
+    "train dq_transformer": TrainDQTransformer,
+    "train raster_gpt": TrainRasterGPT,
 }

@@ -2,12 +2,10 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from tyro.conf import Positional
 
 from vqfast.data import DataError, open_dataset, to_float, to_uint8
 from vqfast.evaluate.dynamic_codes import Claim, Result, compare, contestants, fit, measure
@@ -23,8 +21,6 @@ SHOWN = 12
 class CompareDQVAE:
     """Measure whether dynamic codes beat as many fixed ones, and routed grains random ones, on crops of your images."""
 
-    model: Positional[Literal["dqvae"]]
-    """Whose claims."""
     data: str
     """Folder of images, .zip or .npz file."""
     out: Path

@@ -1,20 +1,22 @@
 """`vqfast sample`, `vqfast inpaint`, `vqfast reconstruct`: images out of trained models."""
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tyro.conf import Positional, arg
 
 from vqfast.cli.reconstruct_dynamic import reconstruct_dynamic, spread
-from vqfast.cli.training import AUTOENCODER, check_channels, describe, encode, pick_device
+from vqfast.cli.training import AUTOENCODER, DYNAMIC_AUTOENCODER, check_channels, describe, encode, pick_device
 from vqfast.data import ImageData, open_dataset, to_float, to_uint8
 from vqfast.evaluate import codebook_usage, perplexity, psnr, ssim
 from vqfast.evaluate.figures import hide, save_grid
 from vqfast.models.autoencoder import Autoencoder
+from vqfast.models.registry import kind_of
 from vqfast.models.vqddm import VQDDM
 from vqfast.train import RunError, check_new, create_run, load_autoencoder, load_model, open_run
 from vqfast.train.runs import write_json
@@ -22,13 +24,16 @@ from vqfast.train.runs import write_json
 COLUMNS = 16
 BATCH = 256
 
+# Runs that generate, and the folder in each that holds their autoencoder.
+_AUTOENCODERS = {"vqddm": AUTOENCODER, "raster_gpt": AUTOENCODER, "dq_transformer": DYNAMIC_AUTOENCODER}
+
 
 @dataclass
 class Sample:
-    """Draw new images from a trained VQ-DDM."""
+    """Draw new images from a trained VQ-DDM, DQ-Transformer or raster-order GPT."""
 
     run: Positional[Path]
-    """Run of the VQ-DDM."""
+    """Run of the model."""
     out: Path
     """Folder to make: samples.png, and samples.npz with images and labels."""
     n: Annotated[int, arg(aliases=["-n"])] = 64
@@ -36,11 +41,19 @@ class Sample:
     labels: tuple[str, ...] = ()
     """Classes to draw, by name. Default: every class in turn."""
     steps: int | None = None
-    """Denoising steps; fewer is faster. Default: every noise level of the model."""
+    """VQ-DDM: denoising steps; fewer is faster. Default: every noise level of the model."""
     guidance: float = 1.0
     """Strength of classifier-free guidance; above 1 exaggerates the class."""
     temperature: float = 1.0
     """Below 1 draws likelier, less varied images."""
+    top_k: int | None = None
+    """DQ-Transformer and GPT: draw each code from the k likeliest."""
+    top_p: float | None = None
+    """DQ-Transformer and GPT: draw each code from the fewest whose probabilities sum to at least this."""
+    position_top_k: int | None = None
+    """DQ-Transformer: draw each position from the k likeliest."""
+    derive_finest: bool = False
+    """DQ-Transformer: do not draw the finest grain's positions, but take what the coarser ones have left."""
     seed: int = 0
     """Of the noise."""
     device: Literal["auto", "cpu"] = "auto"
@@ -51,31 +64,47 @@ class Sample:
         device = pick_device(self.device)
         model, autoencoder, classes = _load(self.run, device)
         labels = _choose_labels(self.labels, classes, self.n)
-        codes = model.sample(
+        special = self._special_settings(model)
+        drawn = model.sample(
             self.n,
             labels,
-            steps=_steps(self.steps, model),
             temperature=self.temperature,
             guidance_scale=self.guidance,
             batch_size=BATCH,
             generator=torch.Generator(device).manual_seed(self.seed),
             progress=True,
+            **special,
         )
+        codes, grains = drawn if isinstance(drawn, tuple) else (drawn, None)
         images = _decode(autoencoder, codes)
 
-        settings = {"steps": self.steps, "guidance": self.guidance, "temperature": self.temperature}
+        settings = {"guidance": self.guidance, "temperature": self.temperature} | special
         out = create_run(self.out, "sample", {"model": str(self.run), "seed": self.seed} | settings).path
         arrays = {"images": images, "codes": codes.cpu().numpy()}
+        if grains is not None:
+            arrays["grains"] = grains.cpu().numpy()
         if labels is not None:
             arrays["labels"] = np.array(classes)[labels.numpy()]
         np.savez_compressed(out / "samples.npz", **arrays)
         rows, names = _rows_of(images, labels, classes)
-        save_grid(out / "samples.png", rows, title="Samples", subtitle=self._subtitle(), labels=names)
+        subtitle = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
+        save_grid(out / "samples.png", rows, title="Samples", subtitle=subtitle, labels=names)
         print(f"{out}: drew {self.n} images")
 
-    def _subtitle(self) -> str:
-        steps = f"{self.steps} denoising steps" if self.steps else "every noise level"
-        return f"{steps}, guidance {self.guidance:g}, temperature {self.temperature:g}"
+    def _special_settings(self, model: nn.Module) -> dict[str, Any]:
+        """Settings that this kind of model takes and others do not, of those that were given."""
+        given = {
+            name: getattr(self, name)
+            for name in ("steps", "top_k", "top_p", "position_top_k", "derive_finest")
+            if getattr(self, name) not in (None, False)
+        }
+        taken = inspect.signature(model.sample).parameters
+        for name in given:
+            if name not in taken:
+                raise RunError(f"--{name.replace('_', '-')}: the {kind_of(model)} in {self.run} has no such setting")
+        if "steps" in given:
+            given["steps"] = _steps(self.steps, model)
+        return given
 
 
 @dataclass
@@ -112,7 +141,7 @@ class Inpaint:
     def execute(self) -> None:
         check_new(self.out)
         device = pick_device(self.device)
-        model, autoencoder, classes = _load(self.run, device)
+        model, autoencoder, classes = _load(self.run, device, "vqddm")
         data = open_dataset(self.data, image_size=autoencoder.config.image_size)
         check_channels(data, autoencoder)
         chosen = spread(data.indices(self.split), self.n)
@@ -236,16 +265,24 @@ def measure(autoencoder: Autoencoder, data: ImageData, split: str) -> tuple[dict
     return metrics, results
 
 
-def _load(run: Path, device: torch.device) -> tuple[VQDDM, Autoencoder, tuple[str, ...]]:
-    """A VQ-DDM, its VQ-VAE, and the names of its classes, empty for an unconditional model."""
-    info = open_run(run, "vqddm").info
-    model = load_model(run, "vqddm", device)
-    classes = tuple(info.get("data", {}).get("classes", ())) if model.config.num_classes else ()
-    return model, _load_autoencoder(run, device), classes
+def _load(run: Path, device: torch.device, *kinds: str) -> tuple[nn.Module, nn.Module, tuple[str, ...]]:
+    """A model of codes, its autoencoder, and the names of its classes, empty for an unconditional model.
+
+    Args:
+        kinds: which it may be; none for any that generates.
+    """
+    found = open_run(run)
+    kinds = kinds or tuple(_AUTOENCODERS)
+    if found.kind not in kinds:
+        raise RunError(f"{run}: holds a {found.kind} run, expected a {' or '.join(kinds)} run")
+    model = load_model(run, found.kind, device)
+    classes = tuple(found.info.get("data", {}).get("classes", ())) if model.config.num_classes else ()
+    folder = run / _AUTOENCODERS[found.kind]
+    return model, load_model(folder, open_run(folder).kind, device), classes
 
 
 def _load_autoencoder(run: Path, device: torch.device) -> Autoencoder:
-    if open_run(run).kind == "vqddm":
+    if _AUTOENCODERS.get(open_run(run).kind) == AUTOENCODER:
         run = run / AUTOENCODER
     return load_autoencoder(run, device)
 

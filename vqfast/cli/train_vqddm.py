@@ -89,10 +89,10 @@ class TrainVQDDM:
 
         device = pick_device(self.training.device)
         autoencoder.to(device)
-        codes = CodeBatches(encode(autoencoder, data, "train"), _labels(data, "train"))
+        codes = CodeBatches(encode(autoencoder, data, "train"), labels_of(data, "train"))
         held_out = None
         if data.held_out.any():
-            held_out = CodeBatches(encode(autoencoder, data, "held-out"), _labels(data, "held-out"))
+            held_out = CodeBatches(encode(autoencoder, data, "held-out"), labels_of(data, "held-out"))
 
         def pictures(model: VQDDM, batch: dict[str, Tensor]) -> dict[str, Tensor]:
             """Held-out images as their codes show them, and as many samples of the same classes."""
@@ -118,7 +118,8 @@ def copy_autoencoder(run: Path, weights: Path, target: Path) -> None:
     folder.rename(target)
 
 
-def _labels(data: ImageData, split: str) -> Tensor | None:
+def labels_of(data: ImageData, split: str) -> Tensor | None:
+    """(N,) int64 labels of a split of the data, where it has labels."""
     return None if data.labels is None else torch.from_numpy(data.labels[data.indices(split)])
 
 

@@ -1,6 +1,7 @@
 """What training commands share: the run's beginning, the data's description, encoding, the training itself."""
 
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tqdm.auto import tqdm
 from vqfast.cli.settings import write_settings
 from vqfast.data import DataError, ImageBatches, ImageData, open_dataset
 from vqfast.models.autoencoder import Autoencoder
+from vqfast.models.dqvae import DQVAE, DynamicCodes
 from vqfast.models.registry import kind_of
 from vqfast.train import RunError, check_new, create_run, open_run, train
 from vqfast.train.checkpoint import resumable_checkpoint
@@ -20,24 +22,33 @@ from vqfast.train.config import FREE_ON_RESUME
 from vqfast.train.progress import check_idle
 from vqfast.train.runs import RUN_FILE, write_json
 
-AUTOENCODER = "vqvae"  # folder of a VQ-DDM run that holds its VQ-VAE, so that the run stands alone
+# Folders of a run of codes that hold the autoencoder whose codes they are, so that the run stands alone.
+AUTOENCODER = "vqvae"
+DYNAMIC_AUTOENCODER = "dqvae"
 _NAMES = {"vqvae": "VQ-VAE", "vqgan": "VQGAN", "dqvae": "DQ-VAE"}
 
 
 def encode(autoencoder: Autoencoder, data: ImageData, split: str) -> Tensor:
     """Codes of a split of the data: (N, h, w) int64 on the CPU."""
+    return torch.cat([codes.cpu() for codes in _encoded(autoencoder, data, split)])
+
+
+def encode_dynamic(autoencoder: DQVAE, data: ImageData, split: str) -> DynamicCodes:
+    """Codes (N, H, W) and grains (N, h, w) of a split of the data, on the CPU."""
+    parts = [(part.codes.cpu(), part.grains.cpu()) for part in _encoded(autoencoder, data, split)]
+    return DynamicCodes(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def _encoded(autoencoder: nn.Module, data: ImageData, split: str) -> Iterator[Any]:
+    """What the autoencoder's `encode` gives, batch by batch."""
     batches = ImageBatches(data, split)
     device = next(autoencoder.parameters()).device
-    codes = []
-    with torch.no_grad():
-        for positions in tqdm(
-            torch.arange(len(batches)).split(256), desc=f"encoding {split}", unit="batch", leave=False
-        ):
-            codes.append(autoencoder.encode(batches[positions.numpy()]["image"].to(device)).cpu())
-    return torch.cat(codes)
+    for positions in tqdm(torch.arange(len(batches)).split(256), desc=f"encoding {split}", unit="batch", leave=False):
+        with torch.no_grad():
+            yield autoencoder.encode(batches[positions.numpy()]["image"].to(device))
 
 
-def check_channels(data: ImageData, autoencoder: Autoencoder) -> None:
+def check_channels(data: ImageData, autoencoder: Autoencoder | DQVAE) -> None:
     """Raises DataError where grey images meet a model of coloured ones, or the other way round."""
     expected = autoencoder.config.in_channels
     if data.channels != expected:

@@ -34,6 +34,7 @@ class Preset:
 
 _VQGAN = "VQGAN (Esser et al. 2021), with its discriminator: ImageNet"
 _DQVAE = "DQ-VAE (arXiv 2305.11718), with its discriminator: ImageNet"
+_DQ = "DQ-Transformer (arXiv 2305.11718)"
 _VQDDM = "VQ-DDM (arXiv 2112.01799)"
 
 _TRIPLE = {"grains": 3, "mults": (1, 1, 2, 2, 4, 4), "attention_resolutions": (8, 16, 32)}
@@ -44,6 +45,9 @@ PRESETS: dict[str, Preset] = {
     "dqvae-dual": Preset("dqvae", {}, f"{_DQVAE}, 256 to 1024 codes, half of the cells fine"),
     "dqvae-triple": Preset("dqvae", _TRIPLE, f"{_DQVAE}, 64 to 1024 codes, 0.3 of the cells fine, 0.3 median"),
     "dqvae-entropy": Preset("dqvae", {"router": "entropy"}, f"{_DQVAE}, 256 to 1024 codes, by entropy"),
+    "dq-transformer-base": Preset("dq_transformer", {}, f"{_DQ}, base, FFHQ"),
+    "dq-transformer-base-class": Preset("dq_transformer", {"num_classes": 1000}, f"{_DQ}, base, ImageNet"),
+    "raster-gpt-base": Preset("raster_gpt", {}, f"the baseline at the size of {_DQ}, base"),
     "vqddm-512": Preset("vqddm", {"codebook_size": 512}, f"{_VQDDM}, 16x16 codes of 512"),
     "vqddm-1024": Preset("vqddm", {"codebook_size": 1024}, f"{_VQDDM}, 16x16 codes of 1024"),
 }

@@ -3,7 +3,9 @@
 from torch import nn
 
 from vqfast.models.autoencoder import Autoencoder
+from vqfast.models.dq_transformer import DQTransformer, DQTransformerConfig
 from vqfast.models.dqvae import DQVAE, DQVAEConfig
+from vqfast.models.raster_gpt import RasterGPT, RasterGPTConfig
 from vqfast.models.vqddm import VQDDM, VQDDMConfig
 from vqfast.models.vqgan import VQGAN, VQGANConfig
 from vqfast.models.vqvae import VQVAE, VQVAEConfig
@@ -14,6 +16,8 @@ MODELS: dict[str, tuple[type[nn.Module], type]] = {
     "vqgan": (VQGAN, VQGANConfig),
     "dqvae": (DQVAE, DQVAEConfig),
     "vqddm": (VQDDM, VQDDMConfig),
+    "dq_transformer": (DQTransformer, DQTransformerConfig),
+    "raster_gpt": (RasterGPT, RasterGPTConfig),
 }
 # Those that make of an image one grid of codes, and of that an image.
 AUTOENCODERS = tuple(kind for kind, (model_class, _) in MODELS.items() if issubclass(model_class, Autoencoder))

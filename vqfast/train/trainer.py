@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from vqfast.diffusion.process import accumulate_history
 from vqfast.models.registry import kind_of
-from vqfast.nn.vector_quantize import accumulate_codebooks
+from vqfast.nn import accumulate_codebooks
 from vqfast.train.average import WeightAverage
 from vqfast.train.blocks import recompute_blocks
 from vqfast.train.checkpoint import (

@@ -47,8 +47,6 @@ SPEC = Spec(
         dict(B=3, L=50, K=123, T=100, known=True),
         dict(B=4, L=33, K=1025, T=1000, step=50, temperature=0.7),
         dict(B=2, L=20, K=4100, T=100, step=100, sharpness=8.0, known=True),
-    ),
-    further_shapes=(
         dict(B=3, L=50, K=123, T=10, family="absorbing", known=True),
         dict(B=3, L=50, K=64, T=10, step=4, family="absorbing", top_k=9, guidance=2.0),
         dict(B=3, L=50, K=123, T=10, step=3, family="mask_and_replace", marginal=True, known=True),

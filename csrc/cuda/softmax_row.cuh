@@ -63,10 +63,10 @@ class SoftmaxRow {
   template <typename Body>
   __device__ __forceinline__ void for_each_score(Body body) const {
     visit([&](unsigned first, unsigned slot) {
-      R values[V];
-      if (!kept_) source_.template read<V>(first, values);
+      R scores[V];
+      read(first, slot, scores);
 #pragma unroll
-      for (int j = 0; j < V; ++j) body(first + j, kept_ ? kept_[(slot + j) * blockDim.x + threadIdx.x] : values[j]);
+      for (int j = 0; j < V; ++j) body(first + j, scores[j]);
     });
   }
 
@@ -82,13 +82,11 @@ class SoftmaxRow {
     R sum = 0;
     visit([&](unsigned first, unsigned slot) {
       R values[V];
-      if (!kept_) source_.template read<V>(first, values);
+      read(first, slot, values);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        const unsigned at = (slot + j) * blockDim.x + threadIdx.x;
-        const R score = kept_ ? kept_[at] : values[j];
-        const R weight = weighs_(score, first + j) ? weight_of(score) : 0;
-        if (kept_) kept_[at] = weight;
+        const R weight = weighs_(values[j], first + j) ? weight_of(values[j]) : 0;
+        if (kept_) kept_[(slot + j) * blockDim.x + threadIdx.x] = weight;
         sum += weight;
       }
     });
@@ -102,7 +100,7 @@ class SoftmaxRow {
   __device__ __forceinline__ void for_each(Body body) const {
     visit([&](unsigned first, unsigned slot) {
       R weights[V];
-      read(first, slot, weights);
+      read_weights(first, slot, weights);
       body(first, weights);
     });
   }
@@ -118,7 +116,7 @@ class SoftmaxRow {
       for (int j = 0; j < V; ++j) weights[j] = 0;
       return false;
     }
-    read(first, s * V, weights);
+    read_weights(first, s * V, weights);
     return true;
   }
 
@@ -132,13 +130,19 @@ class SoftmaxRow {
     for (unsigned first = threadIdx.x * V; first < K_; first += blockDim.x * V, slot += V) body(first, slot);
   }
 
-  __device__ __forceinline__ void read(unsigned first, unsigned slot, R (&weights)[V]) const {
-    if (kept_) {
-#pragma unroll
-      for (int j = 0; j < V; ++j) weights[j] = kept_[(slot + j) * blockDim.x + threadIdx.x];
+  // What is kept, scores or by now weights; where nothing is, scores.
+  __device__ __forceinline__ void read(unsigned first, unsigned slot, R (&values)[V]) const {
+    if (!kept_) {
+      source_.template read<V>(first, values);
       return;
     }
-    source_.template read<V>(first, weights);
+#pragma unroll
+    for (int j = 0; j < V; ++j) values[j] = kept_[(slot + j) * blockDim.x + threadIdx.x];
+  }
+
+  __device__ __forceinline__ void read_weights(unsigned first, unsigned slot, R (&weights)[V]) const {
+    read(first, slot, weights);
+    if (kept_) return;
 #pragma unroll
     for (int j = 0; j < V; ++j) weights[j] = weighs_(weights[j], first + j) ? weight_of(weights[j]) : 0;
   }

@@ -283,6 +283,23 @@ def test_rows_that_do_not_fit_in_shared_memory_are_read_again_with_the_same_resu
             assert torch.equal(a, b)
 
 
+def test_tokens_that_logits_cannot_matter_to_read_none():
+    """Absorbing diffusion's tokens that are not masked; in the loss also those of scale 0. AddressSanitizer watches."""
+    levels = torch.tensor([[1.0, 0.0], [0.6, 0.4], [0.2, 0.8]], dtype=torch.float64)
+    x_t = torch.arange(30).view(2, 15)
+    step = (x_t, torch.tensor([2, 1]), torch.tensor([1, 0]), levels, None)
+    key = random_key("cpu", 1)
+    draw = simulator.p_sample(torch.zeros(2, 15, 30), None, *step, None, False, 1.0, 1.0, 0, 1.0, key)
+    draw.buffers[0] = torch.zeros(1)
+    assert torch.equal(run_one(draw)[0], x_t)
+    for seen, scale, aux_weight in ((x_t, 1.0, 0.0), (torch.full_like(x_t, 30), 0.0, 0.5)):
+        arguments = (x_t, seen, *step[1:], torch.full((2, 15), scale, dtype=torch.float64), False, aux_weight, True)
+        loss = simulator.diffusion_loss(torch.zeros(2, 15, 30), *arguments)
+        loss.buffers[0] = torch.zeros(1)
+        for written in run_one(loss):
+            assert not written.any()
+
+
 class TestDiffusionLoss:
     def test_without_gradient(self):
         args = SPEC["diffusion_loss"].inputs(dict(B=3, L=4, K=37, T=10), torch.float32, "cpu", 5)

@@ -50,7 +50,7 @@ def _programs(op: str, shape: dict) -> int:
 
 
 # A program a token, many of the interpreter's calls each: of this many tokens, in float32 and in other dtypes.
-_TOKENS = {"diffusion_loss": (12, 4), "p_sample": (24, 6)}
+_TOKENS = {"diffusion_loss": (12, 4), "p_sample": (16, 4)}
 
 
 def _with_few_tokens(op: str, dtype: torch.dtype, shape: dict) -> dict:
@@ -312,22 +312,18 @@ def p_sample_takes_any_temperature() -> None:
 @promise("sampling")
 def of_equal_codes_the_lowest_are_kept() -> None:
     """Also where rows are read in blocks."""
-    from vqfast.kernels.p_sample import triton
+    from vqfast.kernels.p_sample import reference, triton
 
     levels = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
-    step = (torch.full((1, 24), 63), torch.tensor([1]), torch.tensor([0]), levels, None)
+    step = (torch.full((1, 8), 63), torch.tensor([1]), torch.tensor([0]), levels, None)
     limit, block = triton._ONE_BLOCK, triton._BLOCK
-    drawn = []
     try:
         for triton._ONE_BLOCK, triton._BLOCK in ((limit, block), (0, 32)):
-            for top_k, top_p, most in ((3, 1.0, 3), (0, 0.25, 16), (8, 0.5, 4)):
-                x_s, _ = _draw(torch.zeros(1, 24, 64), step, top_k=top_k, top_p=top_p)
-                assert int(x_s.max()) < most and len(x_s.unique()) > most // 2
-                drawn.append(x_s)
+            for top_k, top_p, most in ((3, 1.0, 3), (8, 0.5, 4)):
+                x_s, args = _draw(torch.zeros(1, 8, 64), step, top_k=top_k, top_p=top_p)
+                assert torch.equal(x_s, reference.p_sample(*args)) and int(x_s.max()) < most
     finally:
         triton._ONE_BLOCK, triton._BLOCK = limit, block
-    for a, b in zip(drawn[:3], drawn[3:], strict=True):
-        assert torch.equal(a, b)
 
 
 @promise("sampling")

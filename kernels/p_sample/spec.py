@@ -52,7 +52,7 @@ SPEC = Spec(
         dict(B=3, L=50, K=123, T=10, step=3, family="mask_and_replace", marginal=True, known=True),
         dict(B=3, L=50, K=40, T=10, step=10, family="mask_and_replace", top_p=0.8),
         dict(B=3, L=50, K=123, T=10, step=2, family="marginal", marginal=True, known=True),
-        dict(B=3, L=50, K=1025, T=10, step=5, family="marginal", top_k=40, top_p=0.9, temperature=1.3),
+        dict(B=3, L=10, K=1025, T=10, step=5, family="marginal", top_k=40, top_p=0.9, temperature=1.3),
         dict(B=3, L=50, K=77, T=10, step=5, marginal=True, guidance=1.5),
     ),
     bench_shapes=(dict(B=32, L=256, K=1024, T=1000, step=10),),

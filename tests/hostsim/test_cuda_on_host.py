@@ -56,6 +56,7 @@ DEVICES = (
 def test_same_bits_in_any_order_of_threads_and_blocks_and_on_any_size_of_device(spec):
     """grid_x=2: blocks stride over what a device with few blocks leaves them."""
     shapes = [shape for shape in spec.test_shapes if shape.get("N", 0) <= 200 and shape["K"] <= 1100]
+    shapes = [dict(shape) | {"L": min(shape["L"], 6)} if "L" in shape else shape for shape in shapes]
     calls = [simulator.CALLS[spec.op](*spec.inputs(shape, spec.dtypes[0], "cpu", 2)) for shape in shapes]
     expected = simulator.run(calls)
     for device in DEVICES:
@@ -275,7 +276,8 @@ class TestCodebookStats:
 @pytest.mark.parametrize("op", ["diffusion_loss", "p_sample"])
 def test_rows_that_do_not_fit_in_shared_memory_are_read_again_with_the_same_result(op):
     spec = SPEC[op]
-    cases = [spec.inputs(shape, dtype, "cpu", 4) for shape in spec.test_shapes[3:] for dtype in DTYPES[:3]]
+    shapes = [dict(shape) | {"L": min(shape["L"], 6)} for shape in spec.test_shapes[3:]]
+    cases = [spec.inputs(shape, dtype, "cpu", 4) for shape in shapes for dtype in DTYPES[:3]]
     calls = [simulator.CALLS[op](*args) for args in cases]
     for args, kept, again in zip(cases, simulator.run(calls), simulator.run(calls, shared_bytes=2048), strict=True):
         spec.check(simulator.result(op, again), args)

@@ -10,16 +10,17 @@ _CHUNK_ELEMENTS = 1 << 25
 _SLACK = 1e-11
 
 
-def exact_nearest(x: Tensor, codebook: Tensor) -> Tensor:
-    """argmin_k ||x - c_k||^2 of finite x (N, D) and codebook (K, D): (N,) int64, the lowest index of a tie.
+def exact_nearest(x: Tensor, codebook: Tensor, metric: str = "l2") -> Tensor:
+    """The nearest code of finite x (N, D) and codebook (K, D) by `metric`: (N,) int64, the lowest index of a tie.
 
     Scores from a float64 matrix product; a row whose two best are closer than rounding can tell apart is decided by
     the definition.
     """
-    mean = codebook.double().mean(0)
-    codes = codebook.double() - mean
-    half_norm = codes.square().sum(-1) / 2
-    largest = half_norm.max().mul(2).sqrt()
+    codes = codebook.double()
+    mean = codes.mean(0) if metric == "l2" else torch.zeros_like(codes[0])
+    codes = torch.nn.functional.normalize(codes, dim=-1, eps=1e-300) if metric == "cosine" else codes - mean
+    largest = codes.norm(dim=-1).max()
+    half_norm = codes.square().sum(-1) / 2 if metric == "l2" else torch.zeros_like(codes[:, 0])
     out = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
     step = max(1, _CHUNK_ELEMENTS // codes.shape[0])
     for start in range(0, x.shape[0], step):
@@ -27,10 +28,10 @@ def exact_nearest(x: Tensor, codebook: Tensor) -> Tensor:
         score = torch.addmm(-half_norm, rows, codes.T)
         best, index = score.max(-1, keepdim=True)
         second = score.scatter_(-1, index, -torch.inf).amax(-1)
-        slack = _SLACK * (rows.norm(dim=-1) * largest + largest.square())
+        slack = _SLACK * (rows.norm(dim=-1) * largest + half_norm.max())
         open_rows = (best[:, 0] - second <= 2 * slack).nonzero()[:, 0]
         index = index[:, 0]
         if len(open_rows):
-            index[open_rows] = nearest(x[start : start + step][open_rows], codebook)
+            index[open_rows] = nearest(x[start : start + step][open_rows], codebook, metric=metric)
         out[start : start + step] = index
     return out

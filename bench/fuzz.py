@@ -1,7 +1,7 @@
-"""A million rows of search against the exact answer: `python -m bench.fuzz [--rows N] [--device cpu]`.
+"""A million rows of search against the exact answer: `python -m bench.fuzz [--rows N] [--metric l2] [--device cpu]`.
 
-Each distribution is drawn anew at random sizes until its share of the rows is done; the table says how many rows were
-compared and how many differ. Exit code 1 if any does.
+Each metric and distribution is drawn anew at random sizes until its share of the rows is done; the table says how many
+rows were compared, how many the scores left open, and how many are wrong. Exit code 1 if any is.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bench.exact import exact_nearest
 from vqfast.ops import nearest_code
+from vqfast.ops.prepare import METRICS
 
 Pair = tuple[Tensor, Tensor]
 Draw = Callable[[int, int, int, torch.Generator], Pair]
@@ -56,6 +57,7 @@ DISTRIBUTIONS: dict[str, Draw] = {
     "mean 1e4": _gaussian(offset=1e4),
     "scale 1e-20": _gaussian(scale=1e-20),
     "scale 1e18": _gaussian(scale=1e18),
+    "scale 1e20": _gaussian(scale=1e20),
     "bfloat16": _gaussian(dtype=torch.bfloat16),
     "float16": _gaussian(dtype=torch.float16),
 }
@@ -64,23 +66,29 @@ DISTRIBUTIONS: dict[str, Draw] = {
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.fuzz", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000, help="in all")
+    parser.add_argument("--metric", choices=METRICS, help="default: all, in equal shares")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     g = torch.Generator().manual_seed(args.seed)
+    metrics = (args.metric,) if args.metric else METRICS
+    share = args.rows / len(metrics) / len(DISTRIBUTIONS)
     total = wrong = 0
-    for name, draw in DISTRIBUTIONS.items():
-        rows = bad = 0
-        while rows < args.rows / len(DISTRIBUTIONS):
-            K, D = (int(2 ** (torch.rand((), generator=g) * most)) for most in (11, 8))
-            # Fewer rows at large sizes: where all of them tie, the exact answer compares every pair.
-            N = min(20_000, max(64, (1 << 24) // (K * D)))
-            x, codes = (a.to(args.device) for a in draw(N, K, D, g))
-            bad += int((nearest_code(x, codes) != exact_nearest(x, codes)).sum())
-            rows += N
-        print(f"{name:22} {rows:9,} rows, {bad} wrong", flush=True)
-        total, wrong = total + rows, wrong + bad
-    print(f"{'all':22} {total:9,} rows, {wrong} wrong")
+    for metric in metrics:
+        for name, draw in DISTRIBUTIONS.items():
+            rows = bad = reranked = 0
+            while rows < share:
+                K, D = (int(2 ** (torch.rand((), generator=g) * most)) for most in (11, 8))
+                # Fewer rows at large sizes: where all of them tie, the exact answer compares every pair.
+                N = min(20_000, max(64, (1 << 24) // (K * D)))
+                x, codes = (a.to(args.device) for a in draw(N, K, D, g))
+                found, left_open = nearest_code(x, codes, metric=metric, return_certificate=True)
+                bad += int((found != exact_nearest(x, codes, metric)).sum())
+                rows, reranked = rows + N, reranked + int(left_open)
+            open_share = 100 * reranked / rows
+            print(f"{metric:6} {name:20} {rows:9,} rows, {open_share:5.1f} % left open, {bad} wrong", flush=True)
+            total, wrong = total + rows, wrong + bad
+    print(f"{'all':27} {total:9,} rows, {wrong} wrong")
     return 1 if wrong else 0
 
 

@@ -8,6 +8,7 @@ import torch
 from bench.case import Case
 from bench.codebook import codebook_stats_case, quantize_step_case
 from bench.diffusion import diffusion_loss_case, p_sample_case, q_sample_case
+from bench.packing import dynamic_quantize_case, dynamic_quantize_step_case, pack_case, unpack_case
 from bench.search import nearest_case
 from vqfast.kernels.specs import CODEBOOK_STATS, DIFFUSION_LOSS, NEAREST, P_SAMPLE, Q_SAMPLE
 
@@ -18,9 +19,24 @@ CASES: dict[str, Callable[[Mapping[str, Any], torch.dtype, str], Case]] = {
     "q_sample": q_sample_case,
     "diffusion_loss": diffusion_loss_case,
     "p_sample": p_sample_case,
+    "pack": pack_case,
+    "unpack": unpack_case,
+    "dynamic_quantize": dynamic_quantize_case,
+    "dynamic_quantize_step": dynamic_quantize_step_case,
 }
 
 F32, BF16 = torch.float32, torch.bfloat16
+
+# The published sizes: 16 x 16 cells, 32 x 32 codes.
+_GRID = dict(B=8, H=16, W=16, G=2)
+_DYNAMIC = dict(B=8, H=16, W=16, K=1024, D=256)
+
+
+def _packing_shapes(grid: Mapping[str, Any], dynamic: Mapping[str, Any]) -> dict[str, list]:
+    codes = [(grid, torch.int64)]
+    features = [(dynamic, F32)]
+    return dict(pack=codes, unpack=codes, dynamic_quantize=features, dynamic_quantize_step=features)
+
 
 # Seconds on two cores: the specs' own sizes.
 CPU_SHAPES = {
@@ -30,6 +46,7 @@ CPU_SHAPES = {
     "q_sample": [(shape, torch.int64) for shape in Q_SAMPLE.bench_shapes],
     "diffusion_loss": [(shape, F32) for shape in DIFFUSION_LOSS.bench_shapes],
     "p_sample": [(shape, F32) for shape in P_SAMPLE.bench_shapes],
+    **_packing_shapes(_GRID, _DYNAMIC),
 }
 
 # Sizes that fill a large GPU, the most wanted first: a run that meets its time limit leaves out the end of this list.
@@ -49,6 +66,7 @@ CUDA_SHAPES = {
     "q_sample": [(_TOKENS, torch.int64)],
     "diffusion_loss": [(_TOKENS, F32), (_TOKENS, BF16)],
     "p_sample": [(dict(_TOKENS, step=10), F32), (dict(_TOKENS, step=10), BF16)],
+    **_packing_shapes(dict(_GRID, B=30), dict(_DYNAMIC, B=30)),
 }
 
 # One of each kind of op, in milliseconds: for the tests of the benchmarks themselves.
@@ -59,6 +77,7 @@ TINY_SHAPES = {
     "q_sample": [(dict(B=4, L=64, K=32, T=100), torch.int64)],
     "diffusion_loss": [(dict(B=4, L=16, K=32, T=100), F32)],
     "p_sample": [(dict(B=4, L=64, K=32, T=100, step=10), F32)],
+    **_packing_shapes(dict(B=2, H=4, W=4, G=2), dict(B=2, H=4, W=4, K=32, D=8)),
 }
 
 

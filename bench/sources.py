@@ -15,6 +15,10 @@ KERNELS = {
     "q_sample": ("q_sample", "posterior"),
     "diffusion_loss": ("diffusion_loss", "posterior"),
     "p_sample": ("p_sample", "q_sample", "posterior"),
+    "pack": ("pack",),
+    "unpack": ("unpack",),
+    "dynamic_quantize": ("nearest", "lookup", "codebook_stats", "pack", "unpack"),
+    "dynamic_quantize_step": ("nearest", "lookup", "codebook_stats", "pack", "unpack"),
 }
 
 # First words of file names in csrc that belong to some ops only; every other file counts for all.
@@ -26,6 +30,10 @@ _FAMILIES = {
     "posterior": {"diffusion"},
     "diffusion_loss": {"diffusion"},
     "p_sample": {"diffusion", "sampling", "truncate"},
+    "pack": {"pack", "packing"},
+    "unpack": {"pack", "packing"},
+    "position_mask": {"position", "packing"},
+    "grain_entropy": {"grain", "packing"},
 }
 _PARTICULAR = set().union(*_FAMILIES.values())
 _FOLDER = {"vqfast cpu": "cpu", "vqfast cuda": "cuda"}

@@ -1,6 +1,8 @@
 // vqfast._cpu: the CPU launchers as Python functions of raw pointers. Sizes and dtypes are checked by the caller.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <new>
 #include <stdexcept>
 
@@ -27,13 +29,21 @@ vqfast_rows rows(const py::tuple &view) {
           view[3].cast<int64_t>(),                         view[4].cast<int64_t>(), view[5].cast<int64_t>()};
 }
 
-int64_t nearest(int dtype, const py::tuple &x, int64_t D, uintptr_t codebook, int64_t K, uintptr_t indices) {
+int64_t nearest(int dtype, int metric, bool exact, const py::tuple &x, int64_t heads, int64_t stride_head, int64_t D,
+                uintptr_t codebook, int64_t K, uintptr_t mask, uintptr_t prepared, uintptr_t indices) {
   const vqfast_rows view = rows(x);
   py::gil_scoped_release release;
   int64_t reranked = 0;
-  check(vqfast_cpu_nearest((vqfast_dtype)dtype, view, D, pointer<const void>(codebook), K,
-                           pointer<int64_t>(indices), &reranked));
+  check(vqfast_cpu_nearest((vqfast_dtype)dtype, (vqfast_metric)metric, exact, view, heads, stride_head, D,
+                           pointer<const void>(codebook), K, pointer<const uint8_t>(mask),
+                           pointer<const void>(prepared), pointer<int64_t>(indices), &reranked));
   return reranked;
+}
+
+void nearest_prepare(int dtype, int metric, int64_t heads, int64_t D, uintptr_t codebook, int64_t K,
+                     uintptr_t prepared) {
+  check(vqfast_cpu_nearest_prepare((vqfast_dtype)dtype, (vqfast_metric)metric, heads, D, pointer<const void>(codebook),
+                                   K, pointer<void>(prepared)));
 }
 
 void lookup(int dtype, const py::tuple &x, int64_t D, uintptr_t codebook, int64_t K, uintptr_t indices,
@@ -102,12 +112,57 @@ void p_sample(int dtype, uintptr_t logits, uintptr_t unconditional, uintptr_t x_
                             pointer<const int64_t>(key), pointer<int64_t>(x_s)));
 }
 
+void pack(int64_t element_bytes, const py::tuple &values, int64_t D, uintptr_t grains, int64_t B, int64_t Hc,
+          int64_t Wc, int64_t num_grains, bool region, int64_t capacity, uintptr_t packed, uintptr_t cu_seqlens,
+          uintptr_t positions, uintptr_t grain_ids) {
+  const vqfast_rows view = rows(values);
+  py::gil_scoped_release release;
+  check(vqfast_cpu_pack(element_bytes, view, D, pointer<const int64_t>(grains), B, Hc, Wc, num_grains, region,
+                        capacity, pointer<void>(packed), pointer<int32_t>(cu_seqlens), pointer<int64_t>(positions),
+                        pointer<int64_t>(grain_ids)));
+}
+
+void unpack(int64_t element_bytes, const py::tuple &packed, int64_t D, uintptr_t cu_seqlens, uintptr_t positions,
+            uintptr_t grain_ids, uintptr_t grains, int64_t B, int64_t Hc, int64_t Wc, int64_t num_grains,
+            bool replicate, uintptr_t grid) {
+  const vqfast_rows view = rows(packed);
+  py::gil_scoped_release release;
+  check(vqfast_cpu_unpack(element_bytes, view, D, pointer<const int32_t>(cu_seqlens),
+                          pointer<const int64_t>(positions), pointer<const int64_t>(grain_ids),
+                          pointer<const int64_t>(grains), B, Hc, Wc, num_grains, replicate, pointer<void>(grid)));
+}
+
+void unpack_backward(int dtype, const py::tuple &grad, int64_t D, uintptr_t cu_seqlens, uintptr_t positions,
+                     uintptr_t grain_ids, int64_t T, uintptr_t grains, int64_t B, int64_t Hc, int64_t Wc,
+                     int64_t num_grains, uintptr_t grad_packed) {
+  const vqfast_rows view = rows(grad);
+  py::gil_scoped_release release;
+  check(vqfast_cpu_unpack_backward((vqfast_dtype)dtype, view, D, pointer<const int32_t>(cu_seqlens),
+                                   pointer<const int64_t>(positions), pointer<const int64_t>(grain_ids), T,
+                                   pointer<const int64_t>(grains), B, Hc, Wc, num_grains,
+                                   pointer<void>(grad_packed)));
+}
+
+void position_mask(uintptr_t positions, uintptr_t grain_ids, uintptr_t grain, int64_t B, int64_t L, int64_t Hc,
+                   int64_t Wc, int64_t num_grains, int64_t V, uintptr_t mask) {
+  check(vqfast_cpu_position_mask(pointer<const int64_t>(positions), pointer<const int64_t>(grain_ids),
+                                 pointer<const int64_t>(grain), B, L, Hc, Wc, num_grains, V, pointer<uint8_t>(mask)));
+}
+
+void grain_entropy(int dtype, uintptr_t images, const std::array<int64_t, 4> &shape,
+                   const std::array<int64_t, 4> &strides, int64_t P, int64_t bins, double sigma, double lowest,
+                   double highest, uintptr_t entropy) {
+  check(vqfast_cpu_grain_entropy((vqfast_dtype)dtype, pointer<const void>(images), shape[0], shape[1], shape[2],
+                                 shape[3], strides.data(), P, bins, sigma, lowest, highest, pointer<void>(entropy)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return vqfast::kernels().name; });
   m.def("isa_error", [] { return vqfast::isa_error(); });
   m.def("nearest", &nearest);
+  m.def("nearest_prepare_bytes", &vqfast_cpu_nearest_prepare_bytes);
   m.def("lookup", &lookup);
   m.def("lookup_backward", &lookup_backward);
   m.def("codebook_stats", &codebook_stats);
@@ -115,4 +170,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("diffusion_loss", &diffusion_loss);
   m.def("scale_rows", &scale_rows, py::call_guard<py::gil_scoped_release>());
   m.def("p_sample", &p_sample);
+  m.def("nearest_prepare", &nearest_prepare, py::call_guard<py::gil_scoped_release>());
+  m.def("pack", &pack);
+  m.def("unpack", &unpack);
+  m.def("unpack_backward", &unpack_backward);
+  m.def("position_mask", &position_mask, py::call_guard<py::gil_scoped_release>());
+  m.def("grain_entropy", &grain_entropy, py::call_guard<py::gil_scoped_release>());
 }

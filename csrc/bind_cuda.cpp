@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -57,11 +58,13 @@ int64_t nearest_scratch(int64_t N, int64_t D, int64_t K, int device) {
   return bytes;
 }
 
-void nearest(int dtype, const py::tuple &x, int64_t D, uintptr_t codebook, int64_t K, uintptr_t indices,
-             uintptr_t reranked, uintptr_t scratch, int device, uintptr_t stream) {
-  check(vqfast_cuda_nearest((vqfast_dtype)dtype, rows(x), D, pointer<const void>(codebook), K,
-                            pointer<int64_t>(indices), pointer<int64_t>(reranked), pointer<void>(scratch), device,
-                            pointer<void>(stream)));
+void nearest(int dtype, int metric, bool exact, const py::tuple &x, int64_t heads, int64_t stride_head, int64_t D,
+             uintptr_t codebook, int64_t K, uintptr_t mask, uintptr_t prepared, uintptr_t indices, uintptr_t reranked,
+             uintptr_t scratch, int device, uintptr_t stream) {
+  check(vqfast_cuda_nearest((vqfast_dtype)dtype, (vqfast_metric)metric, exact, rows(x), heads, stride_head, D,
+                            pointer<const void>(codebook), K, pointer<const uint8_t>(mask),
+                            pointer<const void>(prepared), pointer<int64_t>(indices), pointer<int64_t>(reranked),
+                            pointer<void>(scratch), device, pointer<void>(stream)));
 }
 
 void lookup(int dtype, const py::tuple &x, int64_t D, uintptr_t codebook, int64_t K, uintptr_t indices,
@@ -132,6 +135,47 @@ void p_sample(int dtype, uintptr_t logits, uintptr_t unconditional, uintptr_t x_
                             pointer<const int64_t>(key), pointer<int64_t>(x_s), device, pointer<void>(stream)));
 }
 
+void pack(int64_t element_bytes, const py::tuple &values, int64_t D, uintptr_t grains, int64_t B, int64_t Hc,
+          int64_t Wc, int64_t num_grains, bool region, int64_t capacity, uintptr_t packed, uintptr_t cu_seqlens,
+          uintptr_t positions, uintptr_t grain_ids, uintptr_t scratch, int device, uintptr_t stream) {
+  const vqfast_rows view = rows(values);
+  check(vqfast_cuda_pack(element_bytes, view, D, pointer<const int64_t>(grains), B, Hc, Wc, num_grains, region,
+                        capacity, pointer<void>(packed), pointer<int32_t>(cu_seqlens), pointer<int64_t>(positions),
+                        pointer<int64_t>(grain_ids), pointer<void>(scratch), device, pointer<void>(stream)));
+}
+
+void unpack(int64_t element_bytes, const py::tuple &packed, int64_t D, uintptr_t cu_seqlens, uintptr_t positions,
+            uintptr_t grain_ids, uintptr_t grains, int64_t B, int64_t Hc, int64_t Wc, int64_t num_grains,
+            bool replicate, uintptr_t grid, uintptr_t scratch, int device, uintptr_t stream) {
+  const vqfast_rows view = rows(packed);
+  check(vqfast_cuda_unpack(element_bytes, view, D, pointer<const int32_t>(cu_seqlens),
+                          pointer<const int64_t>(positions), pointer<const int64_t>(grain_ids),
+                          pointer<const int64_t>(grains), B, Hc, Wc, num_grains, replicate, pointer<void>(grid), pointer<void>(scratch), device, pointer<void>(stream)));
+}
+
+void unpack_backward(int dtype, const py::tuple &grad, int64_t D, uintptr_t cu_seqlens, uintptr_t positions,
+                     uintptr_t grain_ids, int64_t T, uintptr_t grains, int64_t B, int64_t Hc, int64_t Wc,
+                     int64_t num_grains, uintptr_t grad_packed, uintptr_t scratch, int device, uintptr_t stream) {
+  const vqfast_rows view = rows(grad);
+  check(vqfast_cuda_unpack_backward((vqfast_dtype)dtype, view, D, pointer<const int32_t>(cu_seqlens),
+                                   pointer<const int64_t>(positions), pointer<const int64_t>(grain_ids), T,
+                                   pointer<const int64_t>(grains), B, Hc, Wc, num_grains,
+                                   pointer<void>(grad_packed), pointer<void>(scratch), device, pointer<void>(stream)));
+}
+
+void position_mask(uintptr_t positions, uintptr_t grain_ids, uintptr_t grain, int64_t B, int64_t L, int64_t Hc,
+                   int64_t Wc, int64_t num_grains, int64_t V, uintptr_t mask, int device, uintptr_t stream) {
+  check(vqfast_cuda_position_mask(pointer<const int64_t>(positions), pointer<const int64_t>(grain_ids),
+                                 pointer<const int64_t>(grain), B, L, Hc, Wc, num_grains, V, pointer<uint8_t>(mask), device, pointer<void>(stream)));
+}
+
+void grain_entropy(int dtype, uintptr_t images, const std::array<int64_t, 4> &shape,
+                   const std::array<int64_t, 4> &strides, int64_t P, int64_t bins, double sigma, double lowest,
+                   double highest, uintptr_t entropy, int device, uintptr_t stream) {
+  check(vqfast_cuda_grain_entropy((vqfast_dtype)dtype, pointer<const void>(images), shape[0], shape[1], shape[2],
+                                 shape[3], strides.data(), P, bins, sigma, lowest, highest, pointer<void>(entropy), device, pointer<void>(stream)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -148,4 +192,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("diffusion_loss", &diffusion_loss);
   m.def("scale_rows", &scale_rows);
   m.def("p_sample", &p_sample);
+  m.def("pack", &pack);
+  m.def("unpack", &unpack);
+  m.def("unpack_backward", &unpack_backward);
+  m.def("position_mask", &position_mask);
+  m.def("grain_entropy", &grain_entropy);
 }

@@ -2,11 +2,30 @@
 
 from vqfast.kernels.codebook_stats.spec import SPEC as CODEBOOK_STATS
 from vqfast.kernels.diffusion_loss.spec import SPEC as DIFFUSION_LOSS
+from vqfast.kernels.grain_entropy.spec import SPEC as GRAIN_ENTROPY
 from vqfast.kernels.lookup.spec import BACKWARD_SPEC as LOOKUP_BACKWARD
 from vqfast.kernels.lookup.spec import SPEC as LOOKUP
 from vqfast.kernels.nearest.spec import SPEC as NEAREST
 from vqfast.kernels.p_sample.spec import SPEC as P_SAMPLE
+from vqfast.kernels.pack.spec import SPEC as PACK
+from vqfast.kernels.position_mask.spec import SPEC as POSITION_MASK
 from vqfast.kernels.posterior.spec import SPEC as POSTERIOR
 from vqfast.kernels.q_sample.spec import SPEC as Q_SAMPLE
+from vqfast.kernels.unpack.spec import BACKWARD_SPEC as UNPACK_BACKWARD
+from vqfast.kernels.unpack.spec import SPEC as UNPACK
 
-SPECS = (NEAREST, LOOKUP, LOOKUP_BACKWARD, CODEBOOK_STATS, Q_SAMPLE, POSTERIOR, DIFFUSION_LOSS, P_SAMPLE)
+SPECS = (
+    NEAREST,
+    LOOKUP,
+    LOOKUP_BACKWARD,
+    CODEBOOK_STATS,
+    Q_SAMPLE,
+    POSTERIOR,
+    DIFFUSION_LOSS,
+    P_SAMPLE,
+    PACK,
+    UNPACK,
+    UNPACK_BACKWARD,
+    POSITION_MASK,
+    GRAIN_ENTROPY,
+)

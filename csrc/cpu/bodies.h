@@ -13,7 +13,7 @@ const Kernels table = {
 #define VQFAST_STRING_(x) #x
 #define VQFAST_STRING(x) VQFAST_STRING_(x)
     VQFAST_STRING(VQFAST_ISA), kLanes, &float32::engine, nullptr, feature_ranges, find_scores, distance,
-    squared_error, lookup_grad, add_rows,
+    products, squared_error, lookup_grad, add_rows,
     load_scores, exp_scores, log1p_scores, grad_scores, store_scores, scale_row,
     guide_scores, count_scores, mass_scores, keep_scores, sum_scores,
 };

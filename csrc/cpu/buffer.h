@@ -16,10 +16,13 @@ struct Free {
 template <class T>
 using Buffer = std::unique_ptr<T[], Free>;
 
+// `bytes` rounded up to whole cache lines.
+constexpr int64_t cache_lines(int64_t bytes) { return (bytes + kCacheLine - 1) / kCacheLine * kCacheLine; }
+
 // n elements, not initialised; null if there is no memory.
 template <class T>
 Buffer<T> buffer(int64_t n) {
-  const size_t bytes = ((n > 0 ? n : 1) * sizeof(T) + kCacheLine - 1) / kCacheLine * kCacheLine;
+  const size_t bytes = cache_lines((n > 0 ? n : 1) * (int64_t)sizeof(T));
   return Buffer<T>(static_cast<T *>(std::aligned_alloc(kCacheLine, bytes)));
 }
 

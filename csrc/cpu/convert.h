@@ -23,6 +23,16 @@ static inline float widen(bf16 v) {
   return out;
 }
 
+static inline void narrow(double v, double &out) { out = v; }
+static inline void narrow(float v, float &out) { out = v; }
+static inline void narrow(float v, f16 &out) { out = (f16)v; }
+static inline void narrow(float v, bf16 &out) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &v, 4);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  out.bits = (uint16_t)(v == v ? rounded : bits >> 16 | 0x40);
+}
+
 static inline int64_t element_size(vqfast_dtype dtype) { return dtype == VQFAST_F64 ? 8 : dtype == VQFAST_F32 ? 4 : 2; }
 
 // Calls body(T *) with a null pointer of the element type; false for an unknown dtype.

@@ -8,12 +8,20 @@
 
 namespace vqfast {
 
+// Of a row r and a code c: sums over the features, in float64.
+struct Products {
+  double product, magnitude, square;  // of r c, |r c| and c^2
+};
+
 struct Kernels {
   const char *name;
   int lanes;
 
   // nearest_float32.h; nearest_bf16.h or nearest_amx.h, or null
   const ScoreEngine *float32, *bfloat16;
+  const ScoreEngine &engine_for(int64_t D) const {
+    return bfloat16 && D >= bfloat16->least_features ? *bfloat16 : *float32;
+  }
 
   // nearest_ranges.h
   void (*feature_ranges)(vqfast_dtype dtype, const void *codebook, int64_t K, int64_t D, int64_t d0, int m,
@@ -22,6 +30,7 @@ struct Kernels {
   // nearest_decide.h
   int64_t (*find_scores)(const float *scores, int64_t n, float threshold, int32_t *found);
   double (*distance)(vqfast_dtype dtype, const double *row, const void *code, double scale, int64_t D);
+  Products (*products)(vqfast_dtype dtype, const double *row, const void *code, double scale, int64_t D);
 
   // codebook_rows.h
   double (*squared_error)(vqfast_dtype dtype, const void *x, const void *code, int64_t D);

@@ -22,7 +22,8 @@ struct ScoreEngine {
   int feature_block;   // features are padded with zeros to a multiple of this
   int least_features;  // with fewer the float32 engine is faster
 
-  // Packs scale (v - mean) of n vectors, n <= tile_rows or panel_codes; the places after them are zero.
+  // Packs scale (v - mean) of n vectors, n <= tile_rows or panel_codes; the places after them are zero. Without a mean,
+  // each vector is scaled by a power of two of its own, that of binary_scale.h.
   void (*pack_tile)(vqfast_dtype dtype, const void *rows, int64_t stride_row, int64_t stride_feature, int64_t n,
                     int64_t D, const double *mean, double scale, void *tile, PackedNorm *norms);
   void (*pack_panel)(vqfast_dtype dtype, const void *rows, int64_t stride_row, int64_t stride_feature, int64_t n,

@@ -1,9 +1,11 @@
 // Exact nearest-code search: float32 scores, a bound on their error, exact distances where the bound does not decide.
 //
-// With u = x - m and v_k = c_k - m for a common centre m, the nearest code has the largest score s_k = u . v_k -
-// 1/2 ||v_k||^2. Six kernels: the centre; the codes, centred and transposed; the scores, best and second of each row;
-// certainty, from the error bound; the rows that stay open, by exact distance in parts of the codebook; their winners.
-// Lines that round are marked with the name of their term in `score_error_bound`.
+// For distances u = s (x - m) and v_k = s (c_k - m), with a common centre m and a power of two s: the nearest code has
+// the largest score s_k = u . v_k - 1/2 ||v_k||^2. For products u = r x and v_k = s c_k, for cosines v_k = c_k / ||c_k||,
+// and the score is u . v_k. Six kernels: the centre and the scale; the codes, transposed; the scores, best and second of
+// each row; certainty, from the error bound; the rows that stay open, exactly and in parts of the codebook; their
+// winners. Products and cosines need the scale r of the rows, cosines the norms of the codes: a kernel each. Lines that
+// round are marked with the name of their term in `score_error_bound`.
 #pragma once
 
 #include "device.cuh"
@@ -14,16 +16,54 @@ namespace vqfast {
 
 constexpr float kNever = -INFINITY;
 
+// All zero at first.
 struct SearchState {
   unsigned long long open;  // rows left open
   int largest_norm;         // bits of a float, >= every ||c^_k||: floats from 0 up have the order of their bits
+  int code_size, row_size;  // size_of the largest value sampled; 0: there was none
 };
+
+constexpr int kSizeBias = 2048;  // above every exponent
+
+__device__ __forceinline__ int size_of(double v) {
+  v = fabs(v);
+  return v > 0 && v < (double)INFINITY ? ilogb(v) + kSizeBias : 0;
+}
+
+// The type that a scale has in the scores.
+template <typename T>
+struct ScaleOf {
+  typedef float type;
+};
+template <>
+struct ScaleOf<double> {
+  typedef double type;
+};
+
+// The power of two that brings values of this size to [1, 2), as far as the type of T's scale can hold it.
+__device__ __forceinline__ float power_of_two(int exponent, float) {
+  return ldexpf(1.0f, max(-120, min(120, exponent)));
+}
+__device__ __forceinline__ double power_of_two(int exponent, double) {
+  return ldexp(1.0, max(-1000, min(1000, exponent)));
+}
+template <typename T>
+__device__ __forceinline__ typename ScaleOf<T>::type scale_of(int size) {
+  return size == 0 ? 1 : power_of_two(kSizeBias - size, typename ScaleOf<T>::type());
+}
+
+// What rows are scaled by. Distances need one scale for rows and codes.
+template <typename T>
+__device__ __forceinline__ typename ScaleOf<T>::type row_scale(vqfast_metric metric, const SearchState &state) {
+  return scale_of<T>(metric == VQFAST_L2 ? state.code_size : state.row_size);
+}
 
 // The codes as the scores read them.
 struct CentredCodes {
-  float *centre;  // (D)
+  float *centre;    // (D), zero unless distances are searched
+  double *factors;  // (K): of the values of each code to unit length; for cosines
   float *codes;   // (padded D, padded K): zero beyond D and K and where a code is not finite
-  float *bias;    // (padded K): -1/2 ||v_k||^2; kNever beyond K and where a code is not finite
+  float *bias;    // (padded K): -1/2 ||v_k||^2 for distances, else 0; kNever beyond K and where a code is not finite
   int64_t pitch;  // padded K
 };
 
@@ -32,21 +72,24 @@ __device__ __forceinline__ bool is_finite(T v) {
   return widen(v) - widen(v) == 0;
 }
 
-// (x - m) to float32. Rounds once: [centring].
-__device__ __forceinline__ float centred(float v, float centre) { return v - centre; }
-__device__ __forceinline__ float centred(double v, float centre) { return (float)(v - (double)centre); }
-__device__ __forceinline__ float centred(bf16 v, float centre) { return widen(v) - centre; }
-__device__ __forceinline__ float centred(f16 v, float centre) { return widen(v) - centre; }
+// s (x - m) to float32. Rounds once: [centring]; the scale is a power of two.
+__device__ __forceinline__ float centred(float v, float centre, float scale) { return (v - centre) * scale; }
+__device__ __forceinline__ float centred(double v, float centre, double scale) {
+  return (float)((v - (double)centre) * scale);
+}
+__device__ __forceinline__ float centred(bf16 v, float centre, float scale) { return (widen(v) - centre) * scale; }
+__device__ __forceinline__ float centred(f16 v, float centre, float scale) { return (widen(v) - centre) * scale; }
 
-// Mean of up to 256 codes at even distances. Its value only tightens the bound: any centre gives a right result.
-// A block of 32 x 8 threads for 32 features.
+// Mean of up to 256 codes at even distances, and the size of their largest deviation from it. The values only tighten the
+// bound: any centre and any power of two give a right result. A block of 32 x 8 threads for 32 features.
 template <typename T>
-__global__ void nearest_centre(const T *codebook, int64_t K, int64_t D, float *centre, SearchState *state) {
+__global__ void nearest_centre(vqfast_metric metric, const T *codebook, int64_t K, int64_t D, float *centre,
+                               SearchState *state) {
   VQFAST_SHARED(double, sums, [8][32]);
   VQFAST_SHARED(int, counts, [8][32]);
+  VQFAST_SHARED(float, means, [32]);
   const int lane = threadIdx.x % 32, part = threadIdx.x / 32;
   const int64_t d = (int64_t)blockIdx.x * 32 + lane;
-  if (blockIdx.x == 0 && threadIdx.x == 0) *state = {0, 0};
   double sum = 0;
   int count = 0;
   const int64_t samples = K < 256 ? K : 256;
@@ -61,24 +104,61 @@ __global__ void nearest_centre(const T *codebook, int64_t K, int64_t D, float *c
   sums[part][lane] = sum;
   counts[part][lane] = count;
   __syncthreads();
-  if (part != 0 || d >= D) return;
-  for (int i = 1; i < 8; ++i) {
-    sum += sums[i][lane];
-    count += counts[i][lane];
+  if (part == 0 && d < D) {
+    for (int i = 1; i < 8; ++i) {
+      sum += sums[i][lane];
+      count += counts[i][lane];
+    }
+    const float mean = (float)(sum / (count > 0 ? count : 1));
+    centre[d] = means[lane] = metric == VQFAST_L2 && is_finite(mean) ? mean : 0.0f;
   }
-  const float mean = (float)(sum / (count > 0 ? count : 1));
-  centre[d] = is_finite(mean) ? mean : 0.0f;
+  __syncthreads();
+  int size = 0;
+  for (int64_t i = part; i < samples && d < D; i += 8)
+    size = max(size, size_of((double)widen(codebook[i * K / samples * D + d]) - (double)means[lane]));
+  if (size > 0) atomicMax(&state->code_size, size);
+}
+
+// The size of the largest value of up to 256 rows at even distances. One block.
+template <typename T>
+__global__ void nearest_row_size(Rows<T> x, int64_t N, int64_t D, SearchState *state) {
+  const int64_t samples = N < 256 ? N : 256;
+  int size = 0;
+  for (int64_t i = threadIdx.x; i < samples * D; i += blockDim.x)
+    size = max(size, size_of((double)widen(x.data[x.offset(i / D * N / samples) + i % D * x.stride_feature])));
+  if (size > 0) atomicMax(&state->row_size, size);
+}
+
+// What the values of each code are multiplied by for unit length: 0 for a zero code and for one that is not finite. Off by
+// less than (D + 8) 2^-53. A warp a code.
+template <typename T>
+__global__ void nearest_factors(const T *codebook, int64_t K, int64_t D, double *factors) {
+  const int lane = threadIdx.x % 32;
+  const int64_t warps = (int64_t)gridDim.x * (blockDim.x / 32);
+  for (int64_t k = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; k < K; k += warps) {
+    double largest = 0, square = 0;
+    for (int64_t d = lane; d < D; d += 32) largest = fmax(largest, fabs((double)widen(codebook[k * D + d])));
+    for (int step = 16; step > 0; step >>= 1) largest = fmax(largest, __shfl_xor_sync(kFullWarp, largest, step));
+    const double scale = scale_of<double>(size_of(largest));
+    for (int64_t d = lane; d < D; d += 32) {
+      const double v = (double)widen(codebook[k * D + d]) * scale;
+      square += v * v;
+    }
+    for (int step = 16; step > 0; step >>= 1) square += __shfl_xor_sync(kFullWarp, square, step);
+    if (lane == 0) factors[k] = square > 0 && is_finite(square) ? scale / sqrt(square) : 0;
+  }
 }
 
 // Centres and transposes 32 codes a block, 32 features at a time.
 template <typename T>
-__global__ void nearest_codes(const T *codebook, int64_t K, int64_t D, int64_t padded_features, CentredCodes out,
-                              SearchState *state) {
+__global__ void nearest_codes(vqfast_metric metric, const T *codebook, int64_t K, int64_t D, int64_t padded_features,
+                              CentredCodes out, SearchState *state) {
   VQFAST_SHARED(T, tile, [32][33]);
   VQFAST_SHARED(double, norms, [2][8][32]);
   VQFAST_SHARED(int, broken, [8][32]);
   const int lane = threadIdx.x % 32, part = threadIdx.x / 32;
   const int64_t first = (int64_t)blockIdx.x * 32, k = first + lane;
+  const double factor = metric != VQFAST_COSINE ? scale_of<T>(state->code_size) : k < K ? out.factors[k] : 0;
   double norm = 0, exact_norm = 0;
   int not_finite = 0;
   for (int64_t d0 = 0; d0 < padded_features; d0 += 32) {
@@ -92,8 +172,8 @@ __global__ void nearest_codes(const T *codebook, int64_t K, int64_t D, int64_t p
       if (k < K && d < D) {
         const T v = tile[lane][j];
         if (is_finite(v)) {
-          const double exact = (double)widen(v) - (double)out.centre[d];
-          value = centred(v, out.centre[d]);
+          const double exact = ((double)widen(v) - (double)out.centre[d]) * factor;
+          value = (float)exact;  // rounds: [centring]
           norm += (double)value * value;
           exact_norm += exact * exact;
         } else {
@@ -115,7 +195,8 @@ __global__ void nearest_codes(const T *codebook, int64_t K, int64_t D, int64_t p
     not_finite |= broken[i][lane];
   }
   const bool taken = k < K && !not_finite;
-  out.bias[k] = taken ? (float)(-0.5 * exact_norm) : kNever;  // rounds: [bias]
+  const float bias = metric == VQFAST_L2 ? (float)(-0.5 * exact_norm) : 0.0f;  // rounds: [bias]
+  out.bias[k] = taken ? bias : kNever;
   // Rounded up. Infinite where the code leaves float32's range: then no row is certain.
   if (taken) atomicMax(&state->largest_norm, __float_as_int((float)(sqrt(norm) * (1 + 0x1p-20))));
 }
@@ -142,8 +223,8 @@ __device__ __forceinline__ void challenge(float score, int code, float &best, fl
 // reads channel-first input in order.
 template <typename T, bool kAlongRows>
 __global__ void __launch_bounds__(kSearchThreads, kSearchBlocksPerMultiprocessor)
-    nearest_scores(Rows<T> x, int64_t N, int D, CentredCodes codes, int64_t row_tiles, int code_tiles,
-                   int tiles_per_split, Leaders out) {
+    nearest_scores(vqfast_metric metric, Rows<T> x, int64_t N, int D, CentredCodes codes, const SearchState *state,
+                   int64_t row_tiles, int code_tiles, int tiles_per_split, Leaders out) {
   constexpr int kPitch = kTileRows + 4;  // keeps 16-byte reads aligned, and column writes off each other's banks
   VQFAST_SHARED(float4, x_tile, [2][kTileFeatures][kPitch / 4]);
   VQFAST_SHARED(float4, c_tile, [2][kTileFeatures][kTileCodes / 4]);
@@ -164,6 +245,7 @@ __global__ void __launch_bounds__(kSearchThreads, kSearchBlocksPerMultiprocessor
   const int tiles = min(tiles_per_split, code_tiles - first_tile);
   const int steps_per_tile = (D + kTileFeatures - 1) / kTileFeatures;
   const int steps = tiles * steps_per_tile;
+  const typename ScaleOf<T>::type scale = row_scale<T>(metric, *state);
 
   for (int64_t row_tile = blockIdx.x; row_tile < row_tiles; row_tile += gridDim.x) {
     const int64_t first_row = row_tile * kTileRows;
@@ -184,7 +266,7 @@ __global__ void __launch_bounds__(kSearchThreads, kSearchBlocksPerMultiprocessor
         if (d < D)
           x_next[i] =
               centred(x_from[kAlongRows ? i * feature_step * x.stride_feature : offsets[load_row + i * row_step]],
-                      codes.centre[d]);
+                      codes.centre[d], scale);
       }
       c_next = *reinterpret_cast<const float4 *>(c_from);
       c_from += kTileFeatures * codes.pitch;
@@ -314,21 +396,37 @@ struct OpenRows {
   double *threshold;  // a code that scores less cannot be the nearest
 };
 
+// The results of one head: a row's is at `step` times its number. mask, or null: 0 where a row does not count.
+struct Found {
+  int64_t *indices;
+  const uint8_t *mask;
+  int64_t step;
+};
+
 // One thread a row: joins the parts of the codebook, then writes the index or leaves the row open.
-static __global__ void nearest_certify(int64_t N, int64_t D, int64_t splits, Leaders leaders, SearchState *state,
-                                OpenRows open, int64_t *indices) {
+static __global__ void nearest_certify(int exact, int64_t N, int64_t D, int64_t splits, Leaders leaders,
+                                       SearchState *state, OpenRows open, Found found) {
   const float largest_norm = __int_as_float(state->largest_norm);
   for (int64_t n = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; n < N; n += (int64_t)gridDim.x * blockDim.x) {
+    int64_t &index = found.indices[n * found.step];
+    if (found.mask != nullptr && !found.mask[n * found.step]) {
+      index = -1;
+      continue;
+    }
     float best = kNever, second = kNever;
     int code = 0;
     for (int64_t s = 0; s < splits; ++s) {
       challenge(leaders.best[s * N + n], leaders.code[s * N + n], best, second, code);
       second = fmaxf(second, leaders.second[s * N + n]);
     }
+    if (!exact) {
+      index = is_finite(best) ? code : 0;
+      continue;
+    }
     const double bound = score_error_bound(D, leaders.squared_norm[n], largest_norm);
     // False as well where anything is NaN or infinite.
     if (is_finite(best) && (double)best - (double)second > 2 * bound) {
-      indices[n] = code;
+      index = code;
     } else {
       const unsigned long long at = atomicAdd(&state->open, 1ull);
       open.row[at] = n;
@@ -337,16 +435,43 @@ static __global__ void nearest_certify(int64_t N, int64_t D, int64_t splits, Lea
   }
 }
 
-// The nearest code of a part of the codebook; code < 0: none at a finite distance.
+// The nearest code of a part of the codebook; code < 0: none of a finite worth.
 struct Nearest {
-  double high, low;  // distance
+  double high, low;  // its worth: minus the distance, the product, or the signed square of the cosine
   int code;
 };
 
-__device__ __forceinline__ bool nearer(const Nearest &a, const Nearest &b) {
+// slack: 0, or kEqualCosines.
+__device__ __forceinline__ bool nearer(const Nearest &a, const Nearest &b, double slack) {
   if (a.code < 0 || b.code < 0) return b.code < 0 && a.code >= 0;
-  const Double2 at_a = {a.high, a.low}, at_b = {b.high, b.low};
-  return at_a < at_b || (!(at_b < at_a) && a.code < b.code);
+  const Double2 worth_a = {a.high, a.low}, worth_b = {b.high, b.low};
+  return exceeds(worth_a, worth_b, slack) || (!exceeds(worth_b, worth_a, slack) && a.code < b.code);
+}
+
+__device__ __forceinline__ double slack_of(vqfast_metric metric) { return metric == VQFAST_COSINE ? kEqualCosines : 0; }
+
+// What code c is worth to a row, in twice float64. Scales keep float64 values from overflow: of the row, and of the code
+// unless cosines are compared, which take one of their own.
+template <typename T>
+__device__ __forceinline__ Double2 exact_worth(vqfast_metric metric, const T *x, int64_t stride, const T *c, int64_t D,
+                                               double scale_x, double scale_c) {
+  Double2 sum = {0, 0}, square = {0, 0};
+  if (metric == VQFAST_L2) {
+    for (int64_t d = 0; d < D; ++d)
+      sum = add_squared_difference(sum, scale_x * (double)widen(x[d * stride]), scale_c * (double)widen(c[d]));
+    return {-sum.high, -sum.low};
+  }
+  if (metric == VQFAST_COSINE) {
+    double largest = 0;
+    for (int64_t d = 0; d < D; ++d) largest = fmax(largest, fabs((double)widen(c[d])));
+    scale_c = scale_of<double>(size_of(largest));
+  }
+  for (int64_t d = 0; d < D; ++d) {
+    const double value = scale_c * (double)widen(c[d]);
+    sum = add_product(sum, scale_x * (double)widen(x[d * stride]), value);
+    if (metric == VQFAST_COSINE) square = add_product(square, value, value);
+  }
+  return metric == VQFAST_COSINE ? signed_square_cosine(sum, square) : sum;
 }
 
 // Into how many parts the codebook is cut for each open row: enough to fill a grid of `blocks`. At most open + 2
@@ -360,10 +485,10 @@ __device__ __forceinline__ int64_t exact_parts(int64_t open, int64_t blocks, int
 // on the device; a block takes one part of the codebook for one row, 256 codes at a time.
 template <typename T>
 __global__ void __launch_bounds__(kSearchThreads)
-    nearest_exact(Rows<T> x, int64_t D, const T *codebook, int64_t K, CentredCodes codes, const SearchState *state,
-                  OpenRows open, Nearest *nearest) {
+    nearest_exact(vqfast_metric metric, Rows<T> x, int64_t D, const T *codebook, int64_t K, CentredCodes codes,
+                  const SearchState *state, OpenRows open, Nearest *nearest) {
   VQFAST_SHARED(float, row, [kSearchThreads]);
-  VQFAST_SHARED(int, broken, [32]);
+  VQFAST_SHARED(double, partial, [32]);
   VQFAST_SHARED(Nearest, warps, [32]);
   const int64_t rows = (int64_t)state->open;
   if (rows == 0) return;
@@ -371,6 +496,8 @@ __global__ void __launch_bounds__(kSearchThreads)
   const int64_t parts = exact_parts(rows, gridDim.x, code_blocks);
   const int64_t blocks_per_part = (code_blocks + parts - 1) / parts;
   const int thread = threadIdx.x;
+  const typename ScaleOf<T>::type scale = row_scale<T>(metric, *state);
+  const double scale_c = scale_of<double>(state->code_size), slack = slack_of(metric);
 
   for (int64_t item = blockIdx.x; item < rows * parts; item += gridDim.x) {
     const int64_t entry = item / parts, part = item % parts;
@@ -378,18 +505,23 @@ __global__ void __launch_bounds__(kSearchThreads)
     const double threshold = open.threshold[entry];
     Nearest mine = {INFINITY, 0, -1};
 
-    int not_finite = 0;
-    for (int64_t d = thread; d < D; d += kSearchThreads) not_finite |= !is_finite(x.data[from + d * x.stride_feature]);
-    not_finite = block_reduce(not_finite, Add(), broken);
+    double largest = 0;
+    for (int64_t d = thread; d < D; d += kSearchThreads) {
+      const T v = x.data[from + d * x.stride_feature];
+      largest = fmax(largest, is_finite(v) ? fabs((double)widen(v)) : (double)INFINITY);
+    }
+    largest = block_reduce(largest, Max(), partial);
+    const bool finite = is_finite(largest);
+    const double scale_x = metric == VQFAST_L2 ? scale_c : scale_of<double>(size_of(largest));
     const int64_t end = (part + 1) * blocks_per_part < code_blocks ? (part + 1) * blocks_per_part : code_blocks;
-    // A row that is not finite is at no finite distance from any code.
-    for (int64_t block = part * blocks_per_part; block < end && !not_finite; ++block) {
+    // A row that is not finite is worth nothing finite to any code.
+    for (int64_t block = part * blocks_per_part; block < end && finite; ++block) {
       const int64_t k = block * kSearchThreads + thread;
       float dot = 0;
       for (int64_t d0 = 0; d0 < D; d0 += kSearchThreads) {
         __syncthreads();
         if (d0 + thread < D)
-          row[thread] = centred(x.data[from + (d0 + thread) * x.stride_feature], codes.centre[d0 + thread]);
+          row[thread] = centred(x.data[from + (d0 + thread) * x.stride_feature], codes.centre[d0 + thread], scale);
         __syncthreads();
         const int count = D - d0 < kSearchThreads ? (int)(D - d0) : kSearchThreads;
         if (k < K)
@@ -397,44 +529,43 @@ __global__ void __launch_bounds__(kSearchThreads)
       }
       // A score that is NaN is no reason to leave a code out.
       if (k >= K || (double)(dot + codes.bias[k]) < threshold) continue;
-      Double2 distance = {0, 0};
-      for (int64_t d = 0; d < D; ++d)
-        distance = add_squared_difference(distance, (double)widen(x.data[from + d * x.stride_feature]),
-                                          (double)widen(codebook[k * D + d]));
-      const Nearest candidate = {distance.high, distance.low, (int)k};
-      if (is_finite(distance.high) && nearer(candidate, mine)) mine = candidate;
+      if (codes.bias[k] == kNever) continue;
+      const Double2 worth =
+          exact_worth(metric, x.data + from, x.stride_feature, codebook + k * D, D, scale_x, scale_c);
+      const Nearest candidate = {worth.high, worth.low, (int)k};
+      if (is_finite(worth.high) && nearer(candidate, mine, slack)) mine = candidate;
     }
 
 #pragma unroll
     for (int step = 16; step > 0; step >>= 1) {
       const Nearest other = {__shfl_xor_sync(kFullWarp, mine.high, step), __shfl_xor_sync(kFullWarp, mine.low, step),
                              __shfl_xor_sync(kFullWarp, mine.code, step)};
-      if (nearer(other, mine)) mine = other;
+      if (nearer(other, mine, slack)) mine = other;
     }
     if (thread % 32 == 0) warps[thread / 32] = mine;
     __syncthreads();
     if (thread == 0) {
       for (int w = 1; w < kSearchThreads / 32; ++w)
-        if (nearer(warps[w], mine)) mine = warps[w];
+        if (nearer(warps[w], mine, slack)) mine = warps[w];
       nearest[item] = mine;
     }
     // The next item writes `row` and `warps` only after the barriers of its block_reduce.
   }
 }
 
-// One thread an open row: joins its parts. A row at no finite distance from any code gets code 0.
-static __global__ void nearest_decide(int64_t K, int64_t exact_blocks, const SearchState *state, OpenRows open,
-                               const Nearest *nearest, int64_t *indices, int64_t *reranked) {
+// One thread an open row: joins its parts. A row to which no code is worth anything finite gets code 0.
+static __global__ void nearest_decide(vqfast_metric metric, int64_t K, int64_t exact_blocks, const SearchState *state,
+                                      OpenRows open, const Nearest *nearest, Found found, int64_t *reranked) {
   const int64_t rows = (int64_t)state->open;
-  if (reranked != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *reranked = rows;
+  if (reranked != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *reranked += rows;
   if (rows == 0) return;
   const int64_t parts = exact_parts(rows, exact_blocks, (K + kSearchThreads - 1) / kSearchThreads);
   for (int64_t entry = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; entry < rows;
        entry += (int64_t)gridDim.x * blockDim.x) {
     Nearest winner = nearest[entry * parts];
     for (int64_t p = 1; p < parts; ++p)
-      if (nearer(nearest[entry * parts + p], winner)) winner = nearest[entry * parts + p];
-    indices[open.row[entry]] = winner.code < 0 ? 0 : winner.code;
+      if (nearer(nearest[entry * parts + p], winner, slack_of(metric))) winner = nearest[entry * parts + p];
+    found.indices[open.row[entry] * found.step] = winner.code < 0 ? 0 : winner.code;
   }
 }
 

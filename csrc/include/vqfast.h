@@ -25,16 +25,28 @@ enum {
 
 typedef enum { VQFAST_F32 = 0, VQFAST_F64 = 1, VQFAST_BF16 = 2, VQFAST_F16 = 3 } vqfast_dtype;
 
+typedef enum { VQFAST_L2 = 0, VQFAST_DOT = 1, VQFAST_COSINE = 2 } vqfast_metric;
+
 typedef struct {
   const void *data;
   int64_t batch, rows;
   int64_t stride_batch, stride_row, stride_feature;
 } vqfast_rows;
 
-/* nearest: indices[n] = argmin_k ||x_n - codebook_k||^2, ties to the lowest index. codebook (K, D), both of `dtype`.
- * reranked, if not null, receives how many rows were decided in float64. */
-int vqfast_cpu_nearest(vqfast_dtype dtype, vqfast_rows x, int64_t D, const void *codebook, int64_t K,
-                       int64_t *indices, int64_t *reranked);
+/* nearest: indices (N, heads) of the code with the least distance, largest product or largest cosine, ties to the lowest
+ * index; codebook (heads, K, D), both of `dtype`. x is the view of head 0, the others follow at stride_head elements.
+ * exact 0 leaves out what the scores cannot decide. mask (N, heads) bytes or null: where 0, the index is -1. prepared:
+ * what ..._prepare wrote for this dtype, metric and codebook, or null. reranked, if not null, receives how many rows
+ * were decided in float64. */
+int vqfast_cpu_nearest(vqfast_dtype dtype, vqfast_metric metric, int exact, vqfast_rows x, int64_t heads,
+                       int64_t stride_head, int64_t D, const void *codebook, int64_t K, const uint8_t *mask,
+                       const void *prepared, int64_t *indices, int64_t *reranked);
+
+/* The packed codebook and the facts of its bound, for many searches: `prepared` has prepare_bytes, aligned to 64, and is
+ * read by this process only (its layout is that of the instruction set in use). */
+int64_t vqfast_cpu_nearest_prepare_bytes(int64_t heads, int64_t D, int64_t K);
+int vqfast_cpu_nearest_prepare(vqfast_dtype dtype, vqfast_metric metric, int64_t heads, int64_t D,
+                               const void *codebook, int64_t K, void *prepared);
 
 /* lookup: quantized (N, D) of `dtype`, error (N) float32 (float64 for F64), counts (K). indices[n] in -1..K-1. */
 int vqfast_cpu_lookup(vqfast_dtype dtype, vqfast_rows x, int64_t D, const void *codebook, int64_t K,
@@ -76,12 +88,43 @@ int vqfast_cpu_p_sample(vqfast_dtype dtype, const void *logits, const void *unco
                         const int64_t *known, int marginal, double temperature, double guidance, int64_t top_k,
                         double top_p, const int64_t *key, int64_t *x_s);
 
+/* Variable-length codes. values: rows are the B * Hf * Wf positions of the fine grid (vectors of D elements of
+ * element_bytes each: 2, 4 or 8), Hf = 2^(num_grains-1) Hc; grains (B, Hc, Wc). packed (capacity, D), cu_seqlens
+ * (B + 1), positions and grain_ids (capacity). A grain out of range is brought into it, tokens beyond capacity are
+ * dropped. */
+int vqfast_cpu_pack(int64_t element_bytes, vqfast_rows values, int64_t D, const int64_t *grains, int64_t B, int64_t Hc,
+                    int64_t Wc, int64_t num_grains, int64_t region, int64_t capacity, void *packed,
+                    int32_t *cu_seqlens, int64_t *positions, int64_t *grain_ids);
+
+/* packed: T rows; grid (B, Hf, Wf, D). replicate 0: a value at the top left of what its code covers only. Tokens that
+ * are out of range, or have another grain than their cell, are passed over; of two at one place the later counts. */
+int vqfast_cpu_unpack(int64_t element_bytes, vqfast_rows packed, int64_t D, const int32_t *cu_seqlens,
+                      const int64_t *positions, const int64_t *grain_ids, const int64_t *grains, int64_t B, int64_t Hc,
+                      int64_t Wc, int64_t num_grains, int64_t replicate, void *grid);
+
+/* grad: rows are the positions of the fine grid; grad_packed (T, D) of `dtype`. */
+int vqfast_cpu_unpack_backward(vqfast_dtype dtype, vqfast_rows grad, int64_t D, const int32_t *cu_seqlens,
+                               const int64_t *positions, const int64_t *grain_ids, int64_t T, const int64_t *grains,
+                               int64_t B, int64_t Hc, int64_t Wc, int64_t num_grains, void *grad_packed);
+
+/* positions, grain_ids (B, L); grain (B); mask (B, V) of 0 and 1, V >= Hc Wc 4^(num_grains-1) + 3. */
+int vqfast_cpu_position_mask(const int64_t *positions, const int64_t *grain_ids, const int64_t *grain, int64_t B,
+                             int64_t L, int64_t Hc, int64_t Wc, int64_t num_grains, int64_t V, uint8_t *mask);
+
+/* images (B, C, H, W) of `dtype`, C 1 or 3, strides in elements in that order; entropy (B, H / P, W / P) float32 (float64
+ * for F64). bins >= 2 points from lowest to highest. */
+int vqfast_cpu_grain_entropy(vqfast_dtype dtype, const void *images, int64_t B, int64_t C, int64_t H, int64_t W,
+                             const int64_t *strides, int64_t P, int64_t bins, double sigma, double lowest,
+                             double highest, void *entropy);
+
 /* CUDA. ..._scratch writes how many bytes of device memory an op needs for these sizes on this device. */
 int vqfast_cuda_nearest_scratch(int64_t N, int64_t D, int64_t K, int device, int64_t *bytes);
 
-/* reranked, if not null, is device memory. */
-int vqfast_cuda_nearest(vqfast_dtype dtype, vqfast_rows x, int64_t D, const void *codebook, int64_t K,
-                        int64_t *indices, int64_t *reranked, void *scratch, int device, void *stream);
+/* reranked, if not null, is device memory. Nothing is prepared: `prepared` is not read. */
+int vqfast_cuda_nearest(vqfast_dtype dtype, vqfast_metric metric, int exact, vqfast_rows x, int64_t heads,
+                        int64_t stride_head, int64_t D, const void *codebook, int64_t K, const uint8_t *mask,
+                        const void *prepared, int64_t *indices, int64_t *reranked, void *scratch, int device,
+                        void *stream);
 
 int vqfast_cuda_lookup(vqfast_dtype dtype, vqfast_rows x, int64_t D, const void *codebook, int64_t K,
                        const int64_t *indices, void *quantized, void *error, int64_t *counts, int device,
@@ -112,6 +155,30 @@ int vqfast_cuda_p_sample(vqfast_dtype dtype, const void *logits, const void *unc
                          const int64_t *t, const int64_t *s, vqfast_levels levels, int64_t B, int64_t L, int64_t K,
                          const int64_t *known, int marginal, double temperature, double guidance, int64_t top_k,
                          double top_p, const int64_t *key, int64_t *x_s, int device, void *stream);
+
+/* Scratch of pack: B * num_grains * Hc + B int64; of unpack and its backward: B * Hf * Wf int64. */
+int vqfast_cuda_pack(int64_t element_bytes, vqfast_rows values, int64_t D, const int64_t *grains, int64_t B, int64_t Hc,
+                     int64_t Wc, int64_t num_grains, int64_t region, int64_t capacity, void *packed,
+                     int32_t *cu_seqlens, int64_t *positions, int64_t *grain_ids, void *scratch, int device,
+                     void *stream);
+
+int vqfast_cuda_unpack(int64_t element_bytes, vqfast_rows packed, int64_t D, const int32_t *cu_seqlens,
+                       const int64_t *positions, const int64_t *grain_ids, const int64_t *grains, int64_t B, int64_t Hc,
+                       int64_t Wc, int64_t num_grains, int64_t replicate, void *grid, void *scratch, int device,
+                       void *stream);
+
+int vqfast_cuda_unpack_backward(vqfast_dtype dtype, vqfast_rows grad, int64_t D, const int32_t *cu_seqlens,
+                                const int64_t *positions, const int64_t *grain_ids, int64_t T, const int64_t *grains,
+                                int64_t B, int64_t Hc, int64_t Wc, int64_t num_grains, void *grad_packed,
+                                void *scratch, int device, void *stream);
+
+int vqfast_cuda_position_mask(const int64_t *positions, const int64_t *grain_ids, const int64_t *grain, int64_t B,
+                              int64_t L, int64_t Hc, int64_t Wc, int64_t num_grains, int64_t V, uint8_t *mask,
+                              int device, void *stream);
+
+int vqfast_cuda_grain_entropy(vqfast_dtype dtype, const void *images, int64_t B, int64_t C, int64_t H, int64_t W,
+                              const int64_t *strides, int64_t P, int64_t bins, double sigma, double lowest,
+                              double highest, void *entropy, int device, void *stream);
 
 #ifdef __cplusplus
 }

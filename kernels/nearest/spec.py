@@ -7,23 +7,27 @@ from vqfast.kernels.nearest.reference import nearest
 from vqfast.kernels.spec import Shape, Spec, generator
 
 
-def inputs(shape: Shape, dtype: torch.dtype, device: torch.device | str, seed: int) -> tuple[Tensor, Tensor]:
-    """Vectors and codes around a common offset (`offset`, default 0), Gaussian with `scale` (default 1)."""
+def inputs(shape: Shape, dtype: torch.dtype, device: torch.device | str, seed: int) -> tuple:
+    """Vectors and codes around a common offset (`offset`, default 0), Gaussian with `scale` (default 1).
+
+    (x, codebook), and for a `metric` other than l2 (x, codebook, no mask, nothing prepared, metric).
+    """
     g = generator(device, seed)
     scale, offset = shape.get("scale", 1.0), shape.get("offset", 0.0)
     x = torch.randn(shape["N"], shape["D"], generator=g, device=device, dtype=torch.float64)
     codebook = torch.randn(shape["K"], shape["D"], generator=g, device=device, dtype=torch.float64)
-    return (x * scale + offset).to(dtype), (codebook * scale + offset).to(dtype)
+    pair = (x * scale + offset).to(dtype), (codebook * scale + offset).to(dtype)
+    return (*pair, None, None, shape["metric"]) if "metric" in shape else pair
 
 
 def check(got: Tensor, args: tuple) -> None:
-    x, codebook = args
-    want = nearest(x, codebook)
+    x, codebook, *options = args
+    want = nearest(x, codebook, metric=options[2] if options else "l2")
     wrong = int((got != want).sum())
     if got.shape != want.shape or got.dtype != torch.int64 or wrong:
         first = (got != want).nonzero()[0].tolist() if wrong and got.shape == want.shape else None
         raise AssertionError(
-            f"nearest: {wrong} of {want.numel()} indices differ from the float64 argmin, the first at {first}; "
+            f"nearest: {wrong} of {want.numel()} indices differ from the definition, the first at {first}; "
             f"got {got.dtype} {tuple(got.shape)}, expected int64 {tuple(want.shape)}"
         )
 
@@ -44,6 +48,16 @@ SPEC = Spec(
         dict(N=200, K=96, D=8, offset=1000.0),
         dict(N=64, K=64, D=32, scale=1e-6),
         dict(N=19, K=50, D=600),
+        *(
+            shape | dict(metric=metric)
+            for metric in ("dot", "cosine")
+            for shape in (
+                dict(N=33, K=40, D=1),
+                dict(N=70, K=75, D=35),
+                dict(N=40, K=96, D=8, offset=1000.0),
+                dict(N=40, K=30, D=16, scale=1e-6),
+            )
+        ),
     ),
     bench_shapes=(
         dict(N=8192, K=512, D=64),

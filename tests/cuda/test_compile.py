@@ -17,6 +17,10 @@ BOUNDS = {
     "stats_sum": (256, 4),
     "diffusion_loss_rows": (512, 1),
     "p_sample_rows": (512, 1),
+    "pack": (256, 2),
+    "unpack": (256, 2),
+    "position_mask": (256, 2),
+    "grain_entropy": (256, 2),
 }
 REGISTERS = 65536  # of a multiprocessor, from sm_80 to sm_100
 STATIC_SHARED = 48 << 10

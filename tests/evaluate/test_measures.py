@@ -53,6 +53,7 @@ def test_shapes_that_differ_are_refused(measure):
 def test_usage_and_perplexity():
     codes = torch.tensor([[0, 0], [1, 1]])
     assert codebook_usage(codes, 8) == 0.25
+    assert codebook_usage(torch.tensor([0, 0, 1, 1, 1]), 8, times=3) == 0.125
     assert perplexity(codes, 8) == pytest.approx(2.0)
     assert perplexity(torch.zeros(0, dtype=torch.int64), 8) == 0
     with pytest.raises(ValueError, match=r"codes: expected values in 0\.\.7, got 0\.\.8"):

@@ -109,8 +109,9 @@ template <typename T>
 T atomicAdd(T *at, T v) {
   return __atomic_fetch_add(at, v, __ATOMIC_RELAXED);
 }
-inline int atomicMax(int *at, int v) {
-  int old = __atomic_load_n(at, __ATOMIC_RELAXED);
+template <typename T>
+T atomicMax(T *at, T v) {
+  T old = __atomic_load_n(at, __ATOMIC_RELAXED);
   while (old < v && !__atomic_compare_exchange_n(at, &old, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) continue;
   return old;
 }

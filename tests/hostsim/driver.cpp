@@ -105,12 +105,13 @@ const std::map<std::string, void (*)(const Call &)> kLaunchers = {
     {"nearest",
      [](const Call &c) {
        const vqfast_rows x = c.rows(1, 0);
-       const int64_t D = c.ints[7], K = c.ints[8];
+       const int64_t D = c.ints[7], K = c.ints[8], heads = c.ints[11], stride_head = c.ints[12];
        int64_t bytes;
        run(vqfast_cuda_nearest_scratch(x.batch * x.rows, D, K, kDevice, &bytes));
        void *scratch = poisoned(bytes);
-       run(vqfast_cuda_nearest(c.dtype(), x, D, c.buffers[1], K, c.at<int64_t>(2), c.at<int64_t>(3), scratch, kDevice,
-                               nullptr));
+       run(vqfast_cuda_nearest(c.dtype(), (vqfast_metric)c.ints[9], (int)c.ints[10], x, heads, stride_head, D,
+                               c.buffers[1], K, c.at<uint8_t>(2), nullptr, c.at<int64_t>(3), c.at<int64_t>(4), scratch,
+                               kDevice, nullptr));
        free(scratch);
      }},
     {"lookup",
@@ -158,6 +159,44 @@ const std::map<std::string, void (*)(const Call &)> kLaunchers = {
                                 c.at<int64_t>(8), (int)c.ints[6], c.reals[0], c.reals[1], c.ints[7], c.reals[2],
                                 c.at<int64_t>(9), c.at<int64_t>(10), kDevice, nullptr));
      }},
+    {"pack",
+     [](const Call &c) {
+       const int64_t *size = c.ints.data() + 7;  // D, B, Hc, Wc, G, region, capacity
+       void *scratch = poisoned((size[1] * size[4] * size[2] + size[1]) * 8);
+       run(vqfast_cuda_pack(c.ints[0], c.rows(1, 0), size[0], c.at<int64_t>(1), size[1], size[2], size[3], size[4],
+                            size[5], size[6], c.buffers[2], c.at<int32_t>(3), c.at<int64_t>(4), c.at<int64_t>(5),
+                            scratch, kDevice, nullptr));
+       free(scratch);
+     }},
+    {"unpack",
+     [](const Call &c) {
+       const int64_t *size = c.ints.data() + 7;  // D, B, Hc, Wc, G, replicate
+       void *scratch = poisoned((size[1] * size[2] * size[3] << 2 * (size[4] - 1)) * 8);
+       run(vqfast_cuda_unpack(c.ints[0], c.rows(1, 0), size[0], c.at<int32_t>(1), c.at<int64_t>(2), c.at<int64_t>(3),
+                              c.at<int64_t>(4), size[1], size[2], size[3], size[4], size[5], c.buffers[5], scratch,
+                              kDevice, nullptr));
+       free(scratch);
+     }},
+    {"unpack_backward",
+     [](const Call &c) {
+       const int64_t *size = c.ints.data() + 7;  // D, T, B, Hc, Wc, G
+       void *scratch = poisoned((size[2] * size[3] * size[4] << 2 * (size[5] - 1)) * 8);
+       run(vqfast_cuda_unpack_backward(c.dtype(), c.rows(1, 0), size[0], c.at<int32_t>(1), c.at<int64_t>(2),
+                                       c.at<int64_t>(3), size[1], c.at<int64_t>(4), size[2], size[3], size[4], size[5],
+                                       c.buffers[5], scratch, kDevice, nullptr));
+       free(scratch);
+     }},
+    {"position_mask",
+     [](const Call &c) {
+       run(vqfast_cuda_position_mask(c.at<int64_t>(0), c.at<int64_t>(1), c.at<int64_t>(2), c.ints[0], c.ints[1],
+                                     c.ints[2], c.ints[3], c.ints[4], c.ints[5], c.at<uint8_t>(3), kDevice, nullptr));
+     }},
+    {"grain_entropy",
+     [](const Call &c) {
+       const int64_t *size = c.ints.data() + 1;  // B, C, H, W, four strides, P, bins
+       run(vqfast_cuda_grain_entropy(c.dtype(), c.buffers[0], size[0], size[1], size[2], size[3], size + 4, size[8],
+                                     size[9], c.reals[0], c.reals[1], c.reals[2], c.buffers[1], kDevice, nullptr));
+     }},
     // Search, lookup and statistics of float32 rows that lie more than 2^31 elements apart, in memory that is mapped
     // but, for the rows, never touched.
     {"far_rows",
@@ -171,8 +210,8 @@ const std::map<std::string, void (*)(const Call &)> kLaunchers = {
        int64_t size;
        run(vqfast_cuda_nearest_scratch(N, D, K, kDevice, &size));
        void *scratch = poisoned(size);
-       run(vqfast_cuda_nearest(VQFAST_F32, view, D, c.buffers[1], K, c.at<int64_t>(2), nullptr, scratch, kDevice,
-                               nullptr));
+       run(vqfast_cuda_nearest(VQFAST_F32, VQFAST_L2, 1, view, 1, 0, D, c.buffers[1], K, nullptr, nullptr,
+                               c.at<int64_t>(2), nullptr, scratch, kDevice, nullptr));
        free(scratch);
        run(vqfast_cuda_lookup(VQFAST_F32, view, D, c.buffers[1], K, c.at<int64_t>(2), c.buffers[3], c.buffers[4],
                               c.at<int64_t>(5), kDevice, nullptr));

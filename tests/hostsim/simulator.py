@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vqfast.ops.backends.layout import DTYPE, as_rows
+from vqfast.ops.backends.layout import DTYPE, METRIC, as_heads, as_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 # Not contracted: exact_distance.h. No aliasing rules: kernels read elements in vectors of 16 bytes.
@@ -182,11 +182,20 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def nearest(x: Tensor, codebook: Tensor) -> Call:
-    """Writes indices and how many rows were decided by exact distance."""
-    place, memory = view(x)
+def nearest(
+    x: Tensor, codebook: Tensor, mask: Tensor | None = None, prepared: None = None, metric: str = "l2",
+    exact: bool = True,
+) -> Call:  # fmt: skip
+    """Writes indices and how many rows were decided exactly. Heads are read from contiguous x (..., H, D)."""
+    heads, stride_head = 1, 0
+    if codebook.ndim == 3:
+        (rows, heads, stride_head), memory = as_heads(x), x.reshape(-1)
+        place = (*rows.view[1:], 0)
+    else:
+        place, memory = view(x)
     outputs = [Written(x.shape[:-1], torch.int64), Written((1,), torch.int64)]
-    return Call("nearest", [DTYPE[x.dtype], *place, x.shape[-1], codebook.shape[0]], [], [memory, codebook, *outputs])
+    sizes = [x.shape[-1], codebook.shape[-2], METRIC[metric], int(exact), heads, stride_head]
+    return Call("nearest", [DTYPE[x.dtype], *place, *sizes], [], [memory, codebook, mask, *outputs])
 
 
 def lookup(x: Tensor, codebook: Tensor, indices: Tensor) -> Call:
@@ -261,6 +270,58 @@ def p_sample(
     return Call("p_sample", integers, [temperature, guidance, top_p], buffers)
 
 
+def pack(values: Tensor, grains: Tensor, region: bool, capacity: int) -> Call:
+    rows = values if values.ndim == 4 else values[..., None]
+    place, memory = view(rows)
+    num_grains = (values.shape[1] // grains.shape[1]).bit_length()
+    outputs = [
+        Written((capacity, *values.shape[3:]), values.dtype),
+        Written((grains.shape[0] + 1,), torch.int32),
+        Written((capacity,), torch.int64),
+        Written((capacity,), torch.int64),
+    ]
+    sizes = [rows.shape[-1], *grains.shape, num_grains, int(region), capacity]
+    return Call("pack", [values.element_size(), *place, *sizes], [], [memory, grains, *outputs])
+
+
+def unpack(
+    values: Tensor, cu_seqlens: Tensor, positions: Tensor, grain_ids: Tensor, grains: Tensor, num_grains: int,
+    replicate: bool,
+) -> Call:  # fmt: skip
+    rows = values if values.ndim == 2 else values[:, None]
+    place, memory = view(rows)
+    (B, Hc, Wc), factor = grains.shape, 2 ** (num_grains - 1)
+    grid = Written((B, Hc * factor, Wc * factor, *values.shape[1:]), values.dtype)
+    integers = [values.element_size(), *place, rows.shape[-1], B, Hc, Wc, num_grains, int(replicate)]
+    return Call("unpack", integers, [], [memory, cu_seqlens, positions, grain_ids, grains, grid])
+
+
+def unpack_backward(
+    grad: Tensor, cu_seqlens: Tensor, positions: Tensor, grain_ids: Tensor, grains: Tensor, num_grains: int
+) -> Call:
+    rows = grad if grad.ndim == 4 else grad[..., None]
+    place, memory = view(rows)
+    T = positions.shape[0]
+    integers = [DTYPE[grad.dtype], *place, rows.shape[-1], T, *grains.shape, num_grains]
+    outputs = [Written((T, *grad.shape[3:]), grad.dtype)]
+    return Call("unpack_backward", integers, [], [memory, cu_seqlens, positions, grain_ids, grains, *outputs])
+
+
+def position_mask(
+    positions: Tensor, grain_ids: Tensor, grain: Tensor, Hc: int, Wc: int, num_grains: int, vocab_size: int
+) -> Call:
+    integers = [*positions.shape, Hc, Wc, num_grains, vocab_size]
+    mask = Written((positions.shape[0], vocab_size), torch.bool)
+    return Call("position_mask", integers, [], [positions, grain_ids, grain, mask])
+
+
+def grain_entropy(images: Tensor, patch_size: int, num_bins: int, sigma: float, lowest: float, highest: float) -> Call:
+    B, _, H, W = images.shape
+    integers = [DTYPE[images.dtype], *images.shape, *images.stride(), patch_size, num_bins]
+    entropy = Written((B, H // patch_size, W // patch_size), _wide(images.dtype))
+    return Call("grain_entropy", integers, [sigma, lowest, highest], [images, entropy])
+
+
 CALLS = {
     "nearest": nearest,
     "lookup": lookup,
@@ -269,6 +330,11 @@ CALLS = {
     "q_sample": q_sample,
     "diffusion_loss": diffusion_loss,
     "p_sample": p_sample,
+    "pack": pack,
+    "unpack": unpack,
+    "unpack_backward": unpack_backward,
+    "position_mask": position_mask,
+    "grain_entropy": grain_entropy,
 }
 
 

@@ -16,6 +16,7 @@ from vqfast.kernels.lookup.reference import lookup, lookup_backward
 from vqfast.kernels.nearest.reference import nearest
 from vqfast.kernels.q_sample.spec import random_key
 from vqfast.kernels.specs import SPECS as ALL_SPECS
+from vqfast.ops.prepare import METRICS
 
 SPECS = [spec for spec in ALL_SPECS if spec.op in simulator.CALLS]
 SPEC = {spec.op: spec for spec in SPECS}
@@ -55,7 +56,7 @@ DEVICES = (
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.op)
 def test_same_bits_in_any_order_of_threads_and_blocks_and_on_any_size_of_device(spec):
     """grid_x=2: blocks stride over what a device with few blocks leaves them."""
-    shapes = [shape for shape in spec.test_shapes if shape.get("N", 0) <= 200 and shape["K"] <= 1100]
+    shapes = [shape for shape in spec.test_shapes if shape.get("N", 0) <= 200 and shape.get("K", 0) <= 1100]
     shapes = [dict(shape) | {"L": min(shape["L"], 6)} if "L" in shape else shape for shape in shapes]
     calls = [simulator.CALLS[spec.op](*spec.inputs(shape, spec.dtypes[0], "cpu", 2)) for shape in shapes]
     expected = simulator.run(calls)
@@ -82,6 +83,11 @@ RACE_SHAPES = {
         dict(B=1, L=4, K=131, T=4, step=4, family="marginal", marginal=True),
         dict(B=2, L=4, K=131, T=4, step=4, family="absorbing", top_k=9, top_p=0.8, guidance=2.0),
     ),
+    "pack": (dict(B=3, H=3, W=4, G=3, D=3), dict(B=3, H=3, W=4, G=2, region=True, short=2)),
+    "unpack": (dict(B=3, H=3, W=4, G=3, D=9, shuffled=True), dict(B=2, H=3, W=4, G=2, shuffled=True, corner=True)),
+    "unpack_backward": (dict(B=3, H=3, W=4, G=3, D=9, shuffled=True), dict(B=2, H=3, W=4, G=2)),
+    "position_mask": (dict(B=4, H=4, W=4, G=3), dict(B=3, H=1, W=2, G=1)),
+    "grain_entropy": (dict(B=1, P=17, rows=1, columns=2), dict(B=1, P=3, rows=1, columns=2, bins=40)),
 }
 
 
@@ -93,6 +99,7 @@ def test_no_two_threads_race_for_memory(spec):
         # Equal codes and a row that is not finite: what exact distance decides.
         x[4] = torch.nan
         cases[1] = (x, codebook[:350].repeat(2, 1))
+        cases.append((*cases[1], None, None, "cosine"))
     if spec.op.startswith("lookup"):
         # Channel-first vectors, whose rows and features are read by other threads than use them.
         cases.append(tuple(a.T.contiguous().T if a.shape == (70, 37) else a for a in cases[1]))
@@ -178,12 +185,40 @@ class TestNearest:
         assert torch.equal(indices, nearest(x, codebook))
         assert set(indices.tolist()) == {10, 50} and decided_exactly == 64
 
-    @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e12, 1e25])
-    def test_scales_at_which_float32_scores_underflow_or_overflow(self, scale):
+    @pytest.mark.parametrize("metric", METRICS)
+    def test_scales_whose_squares_leave_float32(self, metric):
+        """A power of two brings the scores back into range: no more rows stay open than at any other scale."""
         g = torch.Generator().manual_seed(6)
-        x, codebook = torch.randn(40, 10, generator=g) * scale, torch.randn(60, 10, generator=g) * scale
-        indices, _ = run_one(simulator.nearest(x, codebook))
-        assert torch.equal(indices, nearest(x, codebook))
+        x, codebook = torch.randn(40, 10, generator=g), torch.randn(60, 10, generator=g)
+        pairs = [(x * scale, codebook * scale) for scale in (1e-38, 1e-30, 1e-15, 1e12, 1e25, 1e37)]
+        results = simulator.run([simulator.nearest(*pair, metric=metric) for pair in pairs])
+        for pair, (indices, decided_exactly) in zip(pairs, results, strict=True):
+            assert torch.equal(indices, nearest(*pair, metric=metric)) and decided_exactly <= 3
+
+    @pytest.mark.parametrize("metric", METRICS)
+    def test_ties_zeros_and_what_is_not_finite(self, metric):
+        g = torch.Generator().manual_seed(10)
+        x, codebook = torch.randn(30, 7, generator=g), torch.randn(40, 7, generator=g).repeat(8, 1)
+        codebook[40:80] *= 2
+        codebook[80], codebook[0, 1], codebook[1, 2] = 0, torch.nan, torch.inf
+        x[3], x[4, 2], x[5, 0] = 0, torch.nan, -torch.inf
+        for dtype in DTYPES:
+            pair = x.to(dtype), codebook.to(dtype)
+            indices, decided_exactly = run_one(simulator.nearest(*pair, metric=metric))
+            assert torch.equal(indices, nearest(*pair, metric=metric))
+            assert indices[4:6].tolist() == [0, 0] and decided_exactly >= 3
+
+    @pytest.mark.parametrize("metric", METRICS)
+    def test_heads_mask_and_scores_alone(self, metric):
+        g = torch.Generator().manual_seed(11)
+        x, codebook = torch.randn(2, 50, 3, 6, generator=g), torch.randn(3, 150, 6, generator=g).repeat(1, 2, 1)
+        mask = torch.rand(2, 50, 3, generator=g) > 0.4
+        calls = [simulator.nearest(x, codebook, mask, metric=metric, exact=exact) for exact in (True, False)]
+        (indices, decided_exactly), (fast, none) = simulator.run(calls)
+        want = nearest(x, codebook, mask, metric)
+        assert torch.equal(indices, want) and decided_exactly == mask.sum()
+        # Every code is there twice.
+        assert torch.equal(torch.where(mask, fast % 150, -1), want) and none == 0
 
     @pytest.mark.parametrize("scale", [1e-150, 1e-60, 1e60, 1e150])
     def test_float64_beyond_the_range_of_float32(self, scale):
@@ -191,7 +226,7 @@ class TestNearest:
         x = torch.randn(30, 10, generator=g, dtype=torch.float64) * scale
         codebook = torch.randn(300, 10, generator=g, dtype=torch.float64) * scale
         indices, decided_exactly = run_one(simulator.nearest(x, codebook))
-        assert torch.equal(indices, nearest(x, codebook)) and decided_exactly == 30
+        assert torch.equal(indices, nearest(x, codebook)) and decided_exactly <= 2
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_nan_and_infinity(self, dtype):
@@ -271,6 +306,45 @@ class TestCodebookStats:
         torch.testing.assert_close(
             tuple(run_one(simulator.codebook_stats(x, indices, None, 6))), codebook_stats(x, indices, None, 6)
         )
+
+
+class TestPacking:
+    """Whatever the values are, nothing outside the buffers is read or written."""
+
+    wild = torch.tensor([-1, 2, 1 << 40, -(1 << 62), 0, 1, 15, 16])
+
+    def test_grains_out_of_range_are_brought_into_it(self):
+        grains = self.wild.reshape(1, 2, 4)
+        args = (torch.arange(32).reshape(1, 4, 8), grains, False, 32)
+        SPEC["pack"].check(tuple(run_one(simulator.pack(*args))), args)
+
+    @pytest.mark.parametrize("capacity", [0, 1, 7])
+    def test_a_capacity_that_is_too_small(self, capacity):
+        args = (torch.randn(2, 4, 8, 4), torch.ones(2, 2, 4, dtype=torch.int64), True, capacity)
+        SPEC["pack"].check(tuple(run_one(simulator.pack(*args))), args)
+
+    def test_sequences_that_are_none(self):
+        grains = torch.randint(2, (2, 2, 4), generator=torch.Generator().manual_seed(1))
+        position, grain = self.wild.repeat(8), self.wild.repeat_interleave(8)
+        limits = torch.tensor([[0, 30, 64], [5, 3, 1 << 30], [-(1 << 31), -3, 2], [70, 60, 50]], dtype=torch.int32)
+        for cu_seqlens in limits:
+            tokens = (cu_seqlens, position, grain, grains, 2)
+            [grid] = run_one(simulator.unpack(torch.randn(64, 8), *tokens, True))
+            [grad] = run_one(simulator.unpack_backward(torch.randn(2, 4, 8, 3), *tokens))
+            assert grid.isfinite().all() and grad.isfinite().all()
+
+    def test_positions_that_are_none(self):
+        args = (self.wild[None], self.wild[None].flip(1), torch.tensor([9]), 2, 4, 2, 40)
+        SPEC["position_mask"].check(run_one(simulator.position_mask(*args))[0], args)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_channel_first_features(self, dtype):
+        grains = torch.randint(2, (2, 3, 4), generator=torch.Generator().manual_seed(2))
+        args = (channel_first(2, 6, 8, 9, dtype=dtype), grains, False, 96)
+        packed = run_one(simulator.pack(*args))
+        SPEC["pack"].check(tuple(packed), args)
+        args = (channel_first(2, 6, 8, 9, dtype=dtype, seed=1), *packed[1:], grains, 2)
+        SPEC["unpack_backward"].check(run_one(simulator.unpack_backward(*args))[0], args)
 
 
 @pytest.mark.parametrize("op", ["diffusion_loss", "p_sample"])

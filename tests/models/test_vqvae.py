@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from vqfast.models.vqvae import VQVAE, VQVAEConfig
+from vqfast.models.vqvae import _FIRST_NAMES, VQVAE, VQVAEConfig
 from vqfast.nn.blocks import AttentionBlock
 
 SMALL = dict(channels=32, num_res_blocks=1, codebook_size=16, code_dim=8)
@@ -76,6 +76,21 @@ def test_encoding_leaves_the_codebook_alone():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.train().encode(torch.rand(2, 3, 4, 4))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_checkpoints_from_before_encoder_and_decoder_were_modules_load():
+    config = VQVAEConfig(**SMALL, image_size=8, mults=(1, 2), attention_resolutions=(4,))
+    model, images = VQVAE(config).eval(), torch.rand(2, 3, 8, 8) * 2 - 1
+    first = {now: then for then, now in _FIRST_NAMES.items()}
+    old = {}
+    for name, value in model.state_dict().items():
+        now = next((now for now in first if name.startswith(now)), "")
+        old[first.get(now, "") + name.removeprefix(now)] = value
+    assert not any(name.startswith(("encoder.", "decoder.")) for name in old)
+    assert {"encoder_in.weight", "encoder_out.0.0.norm1.weight", "decoder_out.2.bias"} <= old.keys()
+    fresh = VQVAE(config).eval()
+    fresh.load_state_dict(old)
+    assert torch.equal(fresh.reconstruct(images), model.reconstruct(images))
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ class TestChoosing:
             registry.status.cache_clear()
 
     @pytest.mark.parametrize(
-        ("name", "words"), [("reference", "vqfast.kernels.nearest.reference"), ("magic", "'magic' does not exist")]
+        ("name", "words"), [("reference", "vqfast.ops.backends.reference"), ("magic", "'magic' does not exist")]
     )
     def test_environment_variable(self, name, words):
         code = (

@@ -11,6 +11,10 @@ from vqfast.train import RunError, create_run, load_model
 from vqfast.train.checkpoint import newest_checkpoint, save_checkpoint
 
 
+def save(run, step, model, **options):
+    return save_checkpoint(run, step, model, model.state_dict(), {"x": torch.zeros(3)}, {}, **options)
+
+
 @pytest.fixture
 def tiny_model(fresh_model):
     return fresh_model()
@@ -19,7 +23,7 @@ def tiny_model(fresh_model):
 @pytest.fixture
 def run(tmp_path, tiny_model):
     create_run(tmp_path / "run", "vqvae", {})
-    save_checkpoint(tmp_path / "run", 7, tiny_model, {"rng": torch.zeros(3)}, {})
+    save(tmp_path / "run", 7, tiny_model)
     return tmp_path / "run"
 
 
@@ -37,7 +41,7 @@ def test_a_model_comes_back_as_it_was(run, tiny_model):
 
 def test_the_two_newest_are_kept_and_the_last_is_used(run, tiny_model):
     for step in (8, 100, 9):
-        save_checkpoint(run, step, tiny_model, {}, {})
+        save(run, step, tiny_model)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000009", "step-00000100"]
     assert newest_checkpoint(run).step == 100
 

@@ -34,7 +34,8 @@ TARGETS = [(80, torch.float32), (90, torch.float32), (100, torch.float32), (90, 
 # the bound of the search is about. Float64 where float32 was meant would be slow on most devices.
 INSTRUCTIONS = {
     "_search_kernel": ({"FFMA"}, {"HMMA", "HGMMA", "UTCHMMA", "QGMMA", "DFMA", "DADD"}),
-    "_decide_kernel": ({"DFMA", "DADD"}, {"HMMA", "HGMMA", "UTCHMMA", "QGMMA"}),
+    # Without a fused a * b + c but in divisions: it would undo what makes a product exact.
+    "_decide_kernel": ({"DMUL", "DADD"}, {"HMMA", "HGMMA", "UTCHMMA", "QGMMA"}),
     "_lookup_kernel": (set(), {"DFMA", "DADD"}),
     "_lookup_backward_kernel": (set(), {"DFMA", "DADD"}),
     "_diffusion_loss_kernel": ({"MUFU"}, set()),
@@ -44,7 +45,7 @@ INSTRUCTIONS = {
 }
 # Spec op -> shapes, each of which launches other kernels, or the same with other constants.
 SHAPES = {
-    "nearest": [dict(N=128, K=1024, D=64), dict(N=128, K=100, D=65)],
+    "nearest": [dict(N=128, K=1024, D=64), dict(N=128, K=100, D=65), dict(N=128, K=100, D=64, metric="cosine")],
     "lookup": [dict(N=64, K=32, D=65)],
     "lookup_backward": [dict(N=64, K=32, D=65)],
     "codebook_stats": [dict(N=4000, K=32, D=256, weighted=True)],
@@ -61,6 +62,11 @@ SHAPES = {
         dict(B=1, L=2, K=1024, T=10, family="mask_and_replace", marginal=True, guidance=2.0, top_k=40, top_p=0.9),
         dict(B=1, L=2, K=5000, T=10, family="marginal", top_k=40),
     ],
+    "pack": [dict(B=2, H=16, W=16, G=2, D=256), dict(B=2, H=16, W=16, G=3, region=True)],
+    "unpack": [dict(B=2, H=16, W=16, G=2, D=256), dict(B=2, H=16, W=16, G=3, corner=True)],
+    "unpack_backward": [dict(B=2, H=16, W=16, G=2, D=256), dict(B=2, H=16, W=16, G=3)],
+    "position_mask": [dict(B=2, H=4, W=4, G=3)],
+    "grain_entropy": [dict(B=1, P=16, rows=2, columns=2)],
 }
 
 

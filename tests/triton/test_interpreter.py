@@ -25,7 +25,13 @@ from vqfast.kernels.specs import SPECS
 
 pytest.importorskip("triton")
 
-CASES: dict[str, dict[str, Callable[[], None]]] = {"search": {}, "statistics": {}, "diffusion": {}, "sampling": {}}
+CASES: dict[str, dict[str, Callable[[], None]]] = {
+    "search": {},
+    "statistics": {},
+    "diffusion": {},
+    "sampling": {},
+    "packing": {},
+}
 _GROUP = {
     "nearest": "search",
     "lookup": "search",
@@ -34,6 +40,11 @@ _GROUP = {
     "q_sample": "diffusion",
     "diffusion_loss": "diffusion",
     "p_sample": "sampling",
+    "pack": "packing",
+    "unpack": "packing",
+    "unpack_backward": "packing",
+    "position_mask": "packing",
+    "grain_entropy": "packing",
 }
 
 
@@ -46,6 +57,8 @@ def _programs(op: str, shape: dict) -> int:
     """Roughly how many programs the op launches: each costs the interpreter milliseconds."""
     if op == "codebook_stats":
         return shape["K"] * (4 if shape["K"] < 1024 and shape["N"] > 1000 else 1)
+    if _GROUP[op] == "packing":
+        return 100 if shape["B"] * shape.get("H", 1) * shape.get("rows", 1) > 1 else 1
     return {"nearest": 1, "lookup": 1 / 8, "lookup_backward": 1 / 8}.get(op, 0) * shape.get("N", 0)
 
 
@@ -114,7 +127,7 @@ def gaussian_rows_are_decided_by_the_first_pass() -> None:
 
     x, codebook = torch.randn(256, 64, generator=_generator()), torch.randn(512, 64, generator=_generator(1))
     for offset in (0.0, 1000.0):
-        index = search((x + offset)[None], codebook + offset)
+        index, _ = search((x + offset)[None], codebook + offset)
         decided = index >= 0
         assert float(decided.double().mean()) > 0.98, f"offset {offset}: {int(decided.sum())} of 256"
         assert torch.equal(index[decided], nearest(x + offset, codebook + offset)[decided])
@@ -167,6 +180,35 @@ def sizes_that_float32_cannot_square_are_searched_exactly() -> None:
     _assert_nearest(x.double() * 1e150, codebook.double() * 1e150)
     codebook[5] = 1e30
     _assert_nearest(x, codebook)
+
+
+@promise("search")
+def every_metric_is_exact_where_scores_tie_or_leave_float32() -> None:
+    from vqfast.kernels.nearest.reference import nearest
+
+    x, codebook = torch.randn(12, 6, generator=_generator()), torch.randn(20, 6, generator=_generator(1)).repeat(3, 1)
+    codebook[20:40] *= 2
+    codebook[45], codebook[0, 1], codebook[1, 2] = 0, torch.nan, torch.inf
+    x[3], x[4, 2], x[5, 0] = 0, torch.nan, -torch.inf
+    for metric in ("l2", "dot", "cosine"):
+        for scale in (1.0, 1e-30, 1e30):
+            got = ops.nearest_code(x * scale, codebook * scale, metric=metric)
+            assert torch.equal(got, nearest(x * scale, codebook * scale, metric=metric)), f"{metric}, {scale}"
+
+
+@promise("search")
+def heads_masks_and_scores_alone_in_every_metric() -> None:
+    from vqfast.kernels.nearest.reference import nearest
+
+    x, codebook = torch.randn(9, 2, 6, generator=_generator()), torch.randn(2, 15, 6, generator=_generator(1))
+    mask = torch.rand(9, 2, generator=_generator(2)) > 0.4
+    for metric in ("l2", "dot", "cosine"):
+        want = nearest(x, codebook, mask, metric)
+        doubled = codebook.repeat(1, 2, 1)
+        got, reranked = ops.nearest_code(x, doubled, mask=mask, metric=metric, return_certificate=True)
+        assert torch.equal(got, want) and int(reranked) == int(mask.sum())
+        fast = ops.nearest_code(x, doubled, mask=mask, metric=metric, precision="fast")
+        assert torch.equal(torch.where(mask, fast % 15, -1), want)
 
 
 @promise("search")

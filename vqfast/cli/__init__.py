@@ -5,12 +5,13 @@ import io
 import sys
 from collections.abc import Sequence
 
+from vqfast.cli.errors import UsageError
+
 # Import name -> nothing but membership: what `pip install "vqfast[train]"` brings.
-_TRAIN_EXTRA = ("accelerate", "matplotlib", "PIL", "safetensors", "sklearn", "tqdm", "tyro")
-
-
-class UsageError(ValueError):
-    """Arguments that do not parse."""
+_TRAIN_EXTRA = (
+    "accelerate", "huggingface_hub", "matplotlib", "PIL", "safetensors", "sklearn", "tensorboard", "tqdm", "tyro",
+    "yaml",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit code: 0, 2 for a wrong argument, path, image or checkpoint, 1 for an error in vqfast, 130 if interrupted.
+
+    Raises:
+        SystemExit: --help, or a training that was asked to stop and saved its work; exit code 0.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
@@ -62,8 +66,10 @@ def parse(argv: Sequence[str]):
     """
     import tyro
 
-    from vqfast.cli.commands import COMMANDS
+    from vqfast.cli.commands import COMMANDS, CONFIGURABLE
+    from vqfast.cli.settings import with_settings
 
+    argv = with_settings(argv, CONFIGURABLE)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

@@ -5,19 +5,47 @@ from typing import Annotated
 
 from tyro.conf import subcommand
 
+from vqfast.cli.compare_dqvae import CompareDQVAE
+from vqfast.cli.compare_generation import CompareGeneration
+from vqfast.cli.convert import Convert
 from vqfast.cli.demo import Demo
 from vqfast.cli.generate import Inpaint, Reconstruct, Sample
-from vqfast.cli.training import TrainVQDDM, TrainVQVAE
+from vqfast.cli.presets import Presets
+from vqfast.cli.refit import Prune, Refit
+from vqfast.cli.runs import Report, Runs, Share
+from vqfast.cli.train_dq_transformer import TrainDQTransformer
+from vqfast.cli.train_dqvae import TrainDQVAE
+from vqfast.cli.train_raster_gpt import TrainRasterGPT
+from vqfast.cli.train_vqddm import TrainVQDDM
+from vqfast.cli.train_vqgan import TrainVQGAN
+from vqfast.cli.train_vqvae import TrainVQVAE
 
 
 @dataclass
 class Train:
-    """Train a model."""
+    """Train a model. --config FILE.yaml takes settings from a file, such as a run's config.yaml."""
 
-    model: Annotated[TrainVQVAE, subcommand("vqvae")] | Annotated[TrainVQDDM, subcommand("vqddm")]
+    model: (
+        Annotated[TrainVQVAE, subcommand("vqvae")]
+        | Annotated[TrainVQGAN, subcommand("vqgan")]
+        | Annotated[TrainDQVAE, subcommand("dqvae")]
+        | Annotated[TrainVQDDM, subcommand("vqddm")]
+        | Annotated[TrainDQTransformer, subcommand("dq_transformer")]
+        | Annotated[TrainRasterGPT, subcommand("raster_gpt")]
+    )
 
     def execute(self) -> None:
         self.model.execute()
+
+
+@dataclass
+class Compare:
+    """Measure a paper's claim on your images."""
+
+    claim: Annotated[CompareDQVAE, subcommand("dqvae")] | Annotated[CompareGeneration, subcommand("generation")]
+
+    def execute(self) -> None:
+        self.claim.execute()
 
 
 @dataclass
@@ -35,6 +63,24 @@ COMMANDS = (
     | Annotated[Sample, subcommand("sample")]
     | Annotated[Inpaint, subcommand("inpaint")]
     | Annotated[Reconstruct, subcommand("reconstruct")]
+    | Annotated[Refit, subcommand("refit")]
+    | Annotated[Prune, subcommand("prune")]
+    | Annotated[Convert, subcommand("convert")]
+    | Annotated[Runs, subcommand("runs")]
+    | Annotated[Report, subcommand("report")]
+    | Annotated[Share, subcommand("share")]
+    | Annotated[Presets, subcommand("presets")]
+    | Annotated[Compare, subcommand("compare")]
     | Annotated[Demo, subcommand("demo")]
     | Annotated[Doctor, subcommand("doctor")]
 )
+
+# Those that take --config, by the words that call them.
+CONFIGURABLE = {
+    "train vqvae": TrainVQVAE,
+    "train vqgan": TrainVQGAN,
+    "train dqvae": TrainDQVAE,
+    "train vqddm": TrainVQDDM,
+    "train dq_transformer": TrainDQTransformer,
+    "train raster_gpt": TrainRasterGPT,
+}

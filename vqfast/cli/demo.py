@@ -19,8 +19,8 @@ from vqfast.evaluate.codes import copied
 from vqfast.evaluate.figures import Panel, save_curves, save_grid
 from vqfast.evaluate.report import Figure, Picture, table, write_report
 from vqfast.train import RunError, check_new, create_run, load_model, open_run
+from vqfast.train.metrics import METRICS_FILE
 from vqfast.train.runs import RUN_FILE, read_json, write_json
-from vqfast.train.trainer import METRICS_FILE
 
 SAMPLES = 200
 PICTURES = {

@@ -1,33 +1,39 @@
 """`vqfast sample`, `vqfast inpaint`, `vqfast reconstruct`: images out of trained models."""
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tyro.conf import Positional, arg
 
-from vqfast.cli.training import AUTOENCODER, check_channels, describe, encode, pick_device
-from vqfast.data import open_dataset, to_float, to_uint8
+from vqfast.cli.reconstruct_dynamic import reconstruct_dynamic, spread
+from vqfast.cli.training import AUTOENCODER, DYNAMIC_AUTOENCODER, check_channels, describe, encode, pick_device
+from vqfast.data import ImageData, open_dataset, to_float, to_uint8
 from vqfast.evaluate import codebook_usage, perplexity, psnr, ssim
 from vqfast.evaluate.figures import hide, save_grid
+from vqfast.models.autoencoder import Autoencoder
+from vqfast.models.registry import kind_of
 from vqfast.models.vqddm import VQDDM
-from vqfast.models.vqvae import VQVAE
-from vqfast.train import RunError, check_new, create_run, load_model, open_run
+from vqfast.train import RunError, check_new, create_run, load_autoencoder, load_model, open_run
 from vqfast.train.runs import write_json
 
 COLUMNS = 16
 BATCH = 256
 
+# Runs that generate, and the folder in each that holds their autoencoder.
+_AUTOENCODERS = {"vqddm": AUTOENCODER, "raster_gpt": AUTOENCODER, "dq_transformer": DYNAMIC_AUTOENCODER}
+
 
 @dataclass
 class Sample:
-    """Draw new images from a trained VQ-DDM."""
+    """Draw new images from a trained VQ-DDM, DQ-Transformer or raster-order GPT."""
 
     run: Positional[Path]
-    """Run of the VQ-DDM."""
+    """Run of the model."""
     out: Path
     """Folder to make: samples.png, and samples.npz with images and labels."""
     n: Annotated[int, arg(aliases=["-n"])] = 64
@@ -35,11 +41,19 @@ class Sample:
     labels: tuple[str, ...] = ()
     """Classes to draw, by name. Default: every class in turn."""
     steps: int | None = None
-    """Denoising steps; fewer is faster. Default: every noise level of the model."""
+    """VQ-DDM: denoising steps; fewer is faster. Default: every noise level of the model."""
     guidance: float = 1.0
     """Strength of classifier-free guidance; above 1 exaggerates the class."""
     temperature: float = 1.0
     """Below 1 draws likelier, less varied images."""
+    top_k: int | None = None
+    """DQ-Transformer and GPT: draw each code from the k likeliest."""
+    top_p: float | None = None
+    """DQ-Transformer and GPT: draw each code from the fewest whose probabilities sum to at least this."""
+    position_top_k: int | None = None
+    """DQ-Transformer: draw each position from the k likeliest."""
+    derive_finest: bool = False
+    """DQ-Transformer: do not draw the finest grain's positions, but take what the coarser ones have left."""
     seed: int = 0
     """Of the noise."""
     device: Literal["auto", "cpu"] = "auto"
@@ -50,31 +64,47 @@ class Sample:
         device = pick_device(self.device)
         model, autoencoder, classes = _load(self.run, device)
         labels = _choose_labels(self.labels, classes, self.n)
-        codes = model.sample(
+        special = self._special_settings(model)
+        drawn = model.sample(
             self.n,
             labels,
-            steps=_steps(self.steps, model),
             temperature=self.temperature,
             guidance_scale=self.guidance,
             batch_size=BATCH,
             generator=torch.Generator(device).manual_seed(self.seed),
             progress=True,
+            **special,
         )
+        codes, grains = drawn if isinstance(drawn, tuple) else (drawn, None)
         images = _decode(autoencoder, codes)
 
-        settings = {"steps": self.steps, "guidance": self.guidance, "temperature": self.temperature}
+        settings = {"guidance": self.guidance, "temperature": self.temperature} | special
         out = create_run(self.out, "sample", {"model": str(self.run), "seed": self.seed} | settings).path
         arrays = {"images": images, "codes": codes.cpu().numpy()}
+        if grains is not None:
+            arrays["grains"] = grains.cpu().numpy()
         if labels is not None:
             arrays["labels"] = np.array(classes)[labels.numpy()]
         np.savez_compressed(out / "samples.npz", **arrays)
         rows, names = _rows_of(images, labels, classes)
-        save_grid(out / "samples.png", rows, title="Samples", subtitle=self._subtitle(), labels=names)
+        subtitle = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
+        save_grid(out / "samples.png", rows, title="Samples", subtitle=subtitle, labels=names)
         print(f"{out}: drew {self.n} images")
 
-    def _subtitle(self) -> str:
-        steps = f"{self.steps} denoising steps" if self.steps else "every noise level"
-        return f"{steps}, guidance {self.guidance:g}, temperature {self.temperature:g}"
+    def _special_settings(self, model: nn.Module) -> dict[str, Any]:
+        """Settings that this kind of model takes and others do not, of those that were given."""
+        given = {
+            name: getattr(self, name)
+            for name in ("steps", "top_k", "top_p", "position_top_k", "derive_finest")
+            if getattr(self, name) not in (None, False)
+        }
+        taken = inspect.signature(model.sample).parameters
+        for name in given:
+            if name not in taken:
+                raise RunError(f"--{name.replace('_', '-')}: the {kind_of(model)} in {self.run} has no such setting")
+        if "steps" in given:
+            given["steps"] = _steps(self.steps, model)
+        return given
 
 
 @dataclass
@@ -111,10 +141,10 @@ class Inpaint:
     def execute(self) -> None:
         check_new(self.out)
         device = pick_device(self.device)
-        model, autoencoder, classes = _load(self.run, device)
+        model, autoencoder, classes = _load(self.run, device, "vqddm")
         data = open_dataset(self.data, image_size=autoencoder.config.image_size)
         check_channels(data, autoencoder)
-        chosen = _spread(data.indices(self.split), self.n)
+        chosen = spread(data.indices(self.split), self.n)
         images = data.images[chosen]
         labels = None
         if classes and not self.unconditional:
@@ -162,10 +192,10 @@ class Inpaint:
 
 @dataclass
 class Reconstruct:
-    """Send images through a VQ-VAE's codes and back, and measure what is lost."""
+    """Send images through an autoencoder's codes and back, and measure what is lost."""
 
     run: Positional[Path]
-    """Run of a VQ-VAE, or of a VQ-DDM, which holds its own."""
+    """Run of a VQ-VAE, VQGAN or DQ-VAE, or of a VQ-DDM, which holds its own."""
     data: str
     """Images: see vqfast train vqvae."""
     out: Path
@@ -174,34 +204,32 @@ class Reconstruct:
     """Which images."""
     n: Annotated[int, arg(aliases=["-n"])] = 32
     """How many to show; all of the split are measured."""
+    target_codes: int | None = None
+    """DQ-VAE: codes for each image. Default: as many as its router gives."""
+    target_error: float | None = None
+    """DQ-VAE: as few codes for each image as bring its mean squared error (values in [-1, 1]) below this."""
     device: Literal["auto", "cpu"] = "auto"
     """auto takes a GPU where there is one."""
 
     def execute(self) -> None:
         check_new(self.out)
+        if open_run(self.run).kind == "dqvae":
+            reconstruct_dynamic(self)
+            return
+        if self.target_codes is not None or self.target_error is not None:
+            raise RunError(
+                f"--target-codes, --target-error: need a DQ-VAE, {self.run} has as many codes for every image"
+            )
         autoencoder = _load_autoencoder(self.run, pick_device(self.device))
         data = open_dataset(self.data, image_size=autoencoder.config.image_size)
         check_channels(data, autoencoder)
-        codes = encode(autoencoder, data, self.split)
-        indices = data.indices(self.split)
-        originals = data.images[indices]
-        results = _decode(autoencoder, codes)
-        size = autoencoder.config.codebook_size
-        one, other = to_float(results), to_float(originals)
-        metrics = {
-            "split": self.split,
-            "images": len(originals),
-            "psnr_db": psnr(one, other).mean().item(),
-            "ssim": ssim(one, other).mean().item(),
-            "codebook_size": size,
-            "codebook_usage": codebook_usage(codes, size),
-            "perplexity": perplexity(codes, size),
-        }
+        metrics, results = measure(autoencoder, data, self.split)
+        originals, size = data.images[data.indices(self.split)], metrics["codebook_size"]
 
         info = {"model": str(self.run), "data": describe(data)}
         out = create_run(self.out, "reconstruct", info).path
         write_json(out / "metrics.json", metrics)
-        shown = _spread(np.arange(len(originals)), self.n)
+        shown = spread(np.arange(len(originals)), self.n)
         rows = []
         for start in range(0, len(shown), COLUMNS):
             part = shown[start : start + COLUMNS]
@@ -218,18 +246,45 @@ class Reconstruct:
         print(f"{out}: PSNR {metrics['psnr_db']:.2f} dB, codebook usage {metrics['codebook_usage']:.1%}")
 
 
-def _load(run: Path, device: torch.device) -> tuple[VQDDM, VQVAE, tuple[str, ...]]:
-    """A VQ-DDM, its VQ-VAE, and the names of its classes, empty for an unconditional model."""
-    info = open_run(run, "vqddm").info
-    model = load_model(run, "vqddm", device)
-    classes = tuple(info.get("data", {}).get("classes", ())) if model.config.num_classes else ()
-    return model, _load_autoencoder(run, device), classes
+def measure(autoencoder: Autoencoder, data: ImageData, split: str) -> tuple[dict[str, Any], np.ndarray]:
+    """What is left of the images of a split after the codes: figures, and the images (N, H, W, C) uint8."""
+    codes = encode(autoencoder, data, split)
+    results = _decode(autoencoder, codes)
+    size = autoencoder.config.codebook_size
+    one, other = to_float(results), to_float(data.images[data.indices(split)])
+    metrics = {
+        "split": split,
+        "images": len(results),
+        "psnr_db": psnr(one, other).mean().item(),
+        "ssim": ssim(one, other).mean().item(),
+        "codebook_size": size,
+        "codebook_usage": codebook_usage(codes, size),
+        "codebook_usage_10": codebook_usage(codes, size, times=10),
+        "perplexity": perplexity(codes, size),
+    }
+    return metrics, results
 
 
-def _load_autoencoder(run: Path, device: torch.device) -> VQVAE:
-    if open_run(run).kind == "vqddm":
+def _load(run: Path, device: torch.device, *kinds: str) -> tuple[nn.Module, nn.Module, tuple[str, ...]]:
+    """A model of codes, its autoencoder, and the names of its classes, empty for an unconditional model.
+
+    Args:
+        kinds: which it may be; none for any that generates.
+    """
+    found = open_run(run)
+    kinds = kinds or tuple(_AUTOENCODERS)
+    if found.kind not in kinds:
+        raise RunError(f"{run}: holds a {found.kind} run, expected a {' or '.join(kinds)} run")
+    model = load_model(run, found.kind, device)
+    classes = tuple(found.info.get("data", {}).get("classes", ())) if model.config.num_classes else ()
+    folder = run / _AUTOENCODERS[found.kind]
+    return model, load_model(folder, open_run(folder).kind, device), classes
+
+
+def _load_autoencoder(run: Path, device: torch.device) -> Autoencoder:
+    if _AUTOENCODERS.get(open_run(run).kind) == AUTOENCODER:
         run = run / AUTOENCODER
-    return load_model(run, "vqvae", device)
+    return load_autoencoder(run, device)
 
 
 def _steps(steps: int | None, model: VQDDM) -> int | None:
@@ -261,22 +316,15 @@ def _rows_of(images: np.ndarray, labels: Tensor | None, classes: tuple[str, ...]
     return rows, names
 
 
-def _spread(indices: np.ndarray, n: int) -> np.ndarray:
-    """n of the indices, evenly spaced."""
-    if n < 1:
-        raise RunError(f"--n: expected at least 1, got {n}")
-    return indices[np.linspace(0, len(indices) - 1, min(n, len(indices))).round().astype(int)]
-
-
 @torch.no_grad()
-def _decode(autoencoder: VQVAE, codes: Tensor) -> np.ndarray:
+def _decode(autoencoder: Autoencoder, codes: Tensor) -> np.ndarray:
     """(N, h, w) codes to (N, H, W, C) uint8."""
     device = next(autoencoder.parameters()).device
     return np.concatenate([to_uint8(autoencoder.decode_codes(part.to(device))) for part in codes.split(BATCH)])
 
 
 @torch.no_grad()
-def _codes_around(autoencoder: VQVAE, images: np.ndarray, hidden: np.ndarray, device: torch.device) -> Tensor:
+def _codes_around(autoencoder: Autoencoder, images: np.ndarray, hidden: np.ndarray, device: torch.device) -> Tensor:
     """Codes (N, h, w) of images whose hidden pixels are blanked first.
 
     A code sees beyond its own pixels, and none may carry what the model is to guess.

@@ -1,187 +1,54 @@
-"""`vqfast train vqvae` and `vqfast train vqddm`."""
+"""What training commands share: the run's beginning, the data's description, encoding, the training itself."""
 
-import shutil
 import zlib
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vqfast.data import CodeBatches, DataError, ImageBatches, ImageData, open_dataset
-from vqfast.models.vqddm import VQDDM, VQDDMConfig
-from vqfast.models.vqvae import VQVAE, VQVAEConfig
-from vqfast.train import RunError, TrainConfig, check_new, create_run, load_model, open_run, train
-from vqfast.train.checkpoint import INDEX, WEIGHTS, newest_checkpoint
+from vqfast.cli.settings import write_settings
+from vqfast.data import DataError, ImageBatches, ImageData, open_dataset
+from vqfast.models.autoencoder import Autoencoder
+from vqfast.models.dqvae import DQVAE, DynamicCodes
+from vqfast.models.registry import kind_of
+from vqfast.train import RunError, check_new, create_run, open_run, train
+from vqfast.train.checkpoint import resumable_checkpoint
+from vqfast.train.config import FREE_ON_RESUME
+from vqfast.train.progress import check_idle
 from vqfast.train.runs import RUN_FILE, write_json
-from vqfast.train.trainer import FREE_ON_RESUME
 
-AUTOENCODER = "vqvae"  # folder of a VQ-DDM run that holds its VQ-VAE, so that the run stands alone
-
-
-@dataclass
-class TrainVQVAE:
-    """Train a VQ-VAE: images to a small grid of codes and back."""
-
-    data: str
-    """Folder of images, .zip, .npz, idx or idx.gz file, or digits."""
-    out: Path
-    """Folder of the run; made, and never overwritten."""
-    image_size: int | None = None
-    """Resize and crop all images to this many pixels a side. Default: their own size."""
-    channels: int = 64
-    """Base width of the network; a multiple of 32."""
-    mults: tuple[int, ...] | None = None
-    """Width of each level as a multiple of the base; each level after the first halves the resolution.
-    Default: chosen by the image size."""
-    num_res_blocks: int = 2
-    """Residual blocks a level."""
-    attention_resolutions: tuple[int, ...] = ()
-    """Resolutions in pixels at which all positions attend to each other."""
-    dropout: float = 0.0
-    """In the residual blocks; helps where there are few images."""
-    codebook_size: int = 512
-    """Number of codes."""
-    code_dim: int = 64
-    """Size of a code."""
-    commitment_weight: float = 0.25
-    """Weight of the commitment loss."""
-    reconstruction_loss: Literal["l2", "l1"] = "l2"
-    """How images are compared."""
-    resume: bool = False
-    """Go on where the run in --out stopped: the same command with this added."""
-    training: TrainConfig = field(default_factory=TrainConfig)
-
-    def execute(self) -> None:
-        processes = PartialState(cpu=self.training.device == "cpu")
-        if processes.is_main_process and not self.resume:
-            check_new(self.out)
-        data = open_dataset(self.data, image_size=self.image_size)
-        height, width = data.image_size
-        if height != width:
-            raise DataError(f"{self.data}: images of {width}x{height} pixels: choose a square with --image-size")
-        config = VQVAEConfig(
-            image_size=height,
-            in_channels=data.channels,
-            channels=self.channels,
-            mults=self.mults or _mults(height),
-            num_res_blocks=self.num_res_blocks,
-            attention_resolutions=self.attention_resolutions,
-            dropout=self.dropout,
-            codebook_size=self.codebook_size,
-            code_dim=self.code_dim,
-            commitment_weight=self.commitment_weight,
-            reconstruction_loss=self.reconstruction_loss,
-        )
-        torch.manual_seed(self.training.seed)
-        model = VQVAE(config)
-        images, held_out = ImageBatches(data), _held_out_images(data)
-        info = {"model": asdict(config), "data": describe(data), "training": asdict(self.training)}
-        if processes.is_main_process:
-            _begin(self.out, "vqvae", info, self.resume)
-        processes.wait_for_everyone()
-        train(model, images, self.training, self.out, held_out=held_out, resume=self.resume)
-        processes.print(f"{self.out}: trained a VQ-VAE for {self.training.steps} steps on {len(images)} images")
+# Folders of a run of codes that hold the autoencoder whose codes they are, so that the run stands alone.
+AUTOENCODER = "vqvae"
+DYNAMIC_AUTOENCODER = "dqvae"
+_NAMES = {"vqvae": "VQ-VAE", "vqgan": "VQGAN", "dqvae": "DQ-VAE"}
 
 
-@dataclass
-class TrainVQDDM:
-    """Train a VQ-DDM: discrete diffusion on the codes that a trained VQ-VAE gives to images."""
-
-    vqvae: Path
-    """Run of the VQ-VAE."""
-    data: str
-    """Images to model: see vqfast train vqvae."""
-    out: Path
-    """Folder of the run; made, and never overwritten."""
-    unconditional: bool = False
-    """Leave out the classes even where the data has them."""
-    denoiser: Literal["unet", "transformer"] = "unet"
-    """Network that predicts the clean codes."""
-    dim: int = 128
-    """Base width of the network."""
-    mults: tuple[int, ...] | None = None
-    """U-Net: width of each level as a multiple of the base. Default: chosen by the code grid."""
-    depth: int = 12
-    """Transformer: number of blocks."""
-    heads: int = 8
-    """Transformer: attention heads."""
-    timesteps: int = 1000
-    """Noise levels T."""
-    schedule: Literal["cosine", "cosine_released", "linear"] = "cosine"
-    """How the noise grows with the level."""
-    class_dropout: float = 0.1
-    """Share of labels hidden in training, which --guidance and sampling without a class need."""
-    aux_weight: float = 0.0
-    """Weight of the cross-entropy of the clean codes beside the variational bound."""
-    resume: bool = False
-    """Go on where the run in --out stopped: the same command with this added."""
-    training: TrainConfig = field(default_factory=lambda: TrainConfig(ema_decay=0.999))
-
-    def execute(self) -> None:
-        processes = PartialState(cpu=self.training.device == "cpu")
-        if processes.is_main_process and not self.resume:
-            check_new(self.out)
-        autoencoder: VQVAE = load_model(self.vqvae, "vqvae")
-        data = open_dataset(self.data, image_size=autoencoder.config.image_size)
-        check_channels(data, autoencoder)
-        grid = (autoencoder.config.grid_size,) * 2
-        conditional = data.labels is not None and not self.unconditional
-        config = VQDDMConfig(
-            codebook_size=autoencoder.config.codebook_size,
-            grid=grid,
-            denoiser=self.denoiser,
-            dim=self.dim,
-            mults=self.mults or _halvings(grid[0]),
-            depth=self.depth,
-            heads=self.heads,
-            T=self.timesteps,
-            schedule=self.schedule,
-            num_classes=len(data.classes) if conditional else None,
-            class_dropout=self.class_dropout,
-            aux_weight=self.aux_weight,
-        )
-        torch.manual_seed(self.training.seed)
-        model = VQDDM(config)
-        weights = newest_checkpoint(self.vqvae).path
-        info = {
-            "model": asdict(config),
-            "data": describe(data),
-            "vqvae": {"weights": zlib.crc32((weights / WEIGHTS).read_bytes())},
-            "training": asdict(self.training),
-        }
-        if processes.is_main_process:
-            _begin(self.out, "vqddm", info, self.resume)
-            _copy_autoencoder(self.vqvae, weights, self.out / AUTOENCODER)
-        processes.wait_for_everyone()
-
-        device = pick_device(self.training.device)
-        autoencoder.to(device)
-        codes = CodeBatches(encode(autoencoder, data, "train"), _labels(data, "train"))
-        held_out = None
-        if data.held_out.any():
-            held_out = CodeBatches(encode(autoencoder, data, "held-out"), _labels(data, "held-out"))
-        train(model, codes, self.training, self.out, held_out=held_out, resume=self.resume)
-        processes.print(f"{self.out}: trained a VQ-DDM for {self.training.steps} steps on {len(codes)} encoded images")
-
-
-def encode(autoencoder: VQVAE, data: ImageData, split: str) -> Tensor:
+def encode(autoencoder: Autoencoder, data: ImageData, split: str) -> Tensor:
     """Codes of a split of the data: (N, h, w) int64 on the CPU."""
+    return torch.cat([codes.cpu() for codes in _encoded(autoencoder, data, split)])
+
+
+def encode_dynamic(autoencoder: DQVAE, data: ImageData, split: str) -> DynamicCodes:
+    """Codes (N, H, W) and grains (N, h, w) of a split of the data, on the CPU."""
+    parts = [(part.codes.cpu(), part.grains.cpu()) for part in _encoded(autoencoder, data, split)]
+    return DynamicCodes(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def _encoded(autoencoder: nn.Module, data: ImageData, split: str) -> Iterator[Any]:
+    """What the autoencoder's `encode` gives, batch by batch."""
     batches = ImageBatches(data, split)
     device = next(autoencoder.parameters()).device
-    codes = []
-    with torch.no_grad():
-        for positions in tqdm(
-            torch.arange(len(batches)).split(256), desc=f"encoding {split}", unit="batch", leave=False
-        ):
-            codes.append(autoencoder.encode(batches[positions.numpy()]["image"].to(device)).cpu())
-    return torch.cat(codes)
+    for positions in tqdm(torch.arange(len(batches)).split(256), desc=f"encoding {split}", unit="batch", leave=False):
+        with torch.no_grad():
+            yield autoencoder.encode(batches[positions.numpy()]["image"].to(device))
 
 
-def check_channels(data: ImageData, autoencoder: VQVAE) -> None:
+def check_channels(data: ImageData, autoencoder: Autoencoder | DQVAE) -> None:
     """Raises DataError where grey images meet a model of coloured ones, or the other way round."""
     expected = autoencoder.config.in_channels
     if data.channels != expected:
@@ -206,44 +73,88 @@ def pick_device(device: str) -> torch.device:
     return torch.device("cuda" if device == "auto" and torch.cuda.is_available() else "cpu")
 
 
-def _begin(out: Path, kind: str, info: dict[str, Any], resume: bool) -> None:
-    """Make the run, or make sure that the one to resume was started with the same settings."""
-    if not resume:
-        create_run(out, kind, info)
-        return
-    run = open_run(out, kind)
-    for section, settings in info.items():
-        for name, value in settings.items():
-            free = section == "training" and name in FREE_ON_RESUME
-            before = run.info.get(section, {}).get(name)
-            # Through JSON, as the recorded value came.
-            if not free and before != (list(value) if isinstance(value, tuple) else value):
-                raise RunError(f"{out}: was started with {section} {name} = {before}, now it is {value}")
-    write_json(run.path / RUN_FILE, {"kind": kind} | run.info | info)
+def start(command: Any) -> PartialState:
+    """The processes of a training command, once nothing is in the way of its run; the disk is not touched.
+
+    Args:
+        command: has out, resume and training, as every training command.
+
+    Raises:
+        RunError: --out is taken, or not a run to resume, or in training already.
+    """
+    config = command.training
+    processes = PartialState(cpu=config.device == "cpu")
+    if processes.is_main_process and not command.resume:
+        check_new(command.out)
+    if processes.is_main_process and command.resume:
+        check_idle(open_run(command.out).path)
+    return processes
 
 
-def _copy_autoencoder(run: Path, weights: Path, target: Path) -> None:
-    if target.exists():
-        return
-    folder = target.with_name(f".{target.name}")
-    shutil.rmtree(folder, ignore_errors=True)
-    checkpoint = folder / weights.relative_to(run)
-    checkpoint.mkdir(parents=True)
-    shutil.copy(run / RUN_FILE, folder)
-    for name in (WEIGHTS, INDEX):
-        shutil.copy(weights / name, checkpoint)
-    folder.rename(target)
+def begin(command: Any, name: str, info: dict[str, Any], processes: PartialState, *, kind: str | None = None) -> None:
+    """Make the run, or make sure that the one to resume was started with the same settings and can be resumed.
+
+    Args:
+        command: as for `start`.
+        name: of the command, such as "train vqvae"; its last word is the run's kind, unless given.
+        info: what run.json is to say: "model", "data", ... and "training".
+    """
+    if processes.is_main_process:
+        kind = kind or name.split()[-1]
+        if command.resume:
+            _check_same(command.out, kind, info)
+            resumable_checkpoint(command.out, kind, say=lambda text: None)
+            run = open_run(command.out, kind)
+            write_json(run.path / RUN_FILE, {"kind": kind} | run.info | info)
+        else:
+            create_run(command.out, kind, info)
+        write_settings(command.out, name, command, info["model"])
+    processes.wait_for_everyone()
 
 
-def _held_out_images(data: ImageData) -> ImageBatches | None:
-    return ImageBatches(data, "held-out") if data.held_out.any() else None
+def open_square(command: Any, image_size: int | None) -> ImageData:
+    """The images of a command's `data`, all of one square size.
+
+    Raises:
+        DataError: they cannot be read, or are not square.
+    """
+    data = open_dataset(command.data, image_size=image_size)
+    height, width = data.image_size
+    if height != width:
+        raise DataError(f"{command.data}: images of {width}x{height} pixels: choose a square with --image-size")
+    return data
 
 
-def _labels(data: ImageData, split: str) -> Tensor | None:
-    return None if data.labels is None else torch.from_numpy(data.labels[data.indices(split)])
+def train_on_images(
+    command: Any,
+    name: str,
+    model: nn.Module,
+    data: ImageData,
+    processes: PartialState,
+    settings: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Begin the run of a command, and train its model on images.
+
+    Args:
+        command, name, processes: as for `begin`.
+        model: of a kind that the registry knows.
+        data: its images.
+        settings: sections of run.json beside model, data and training.
+
+    Returns:
+        The model to use, in eval mode.
+    """
+    info = {"model": asdict(model.config), "data": describe(data), "training": asdict(command.training)}
+    begin(command, name, info | (settings or {}), processes, kind=kind_of(model))
+    images = ImageBatches(data)
+    held_out = ImageBatches(data, "held-out") if data.held_out.any() else None
+    model = train(model, images, command.training, command.out, held_out=held_out, resume=command.resume)
+    steps = command.training.steps
+    processes.print(f"{command.out}: trained a {_NAMES[kind_of(model)]} for {steps} steps on {len(images)} images")
+    return model
 
 
-def _mults(image_size: int) -> tuple[int, ...]:
+def mults_for(image_size: int) -> tuple[int, ...]:
     """Levels that leave a grid of about 4 to 16 codes a side."""
     if image_size <= 16:
         return (1, 2)
@@ -254,10 +165,12 @@ def _mults(image_size: int) -> tuple[int, ...]:
     return (1, 1, 2, 2, 4)
 
 
-def _halvings(grid: int) -> tuple[int, ...]:
-    """Levels of the U-Net, as many of the paper's four as the grid can be halved for."""
-    mults = (1, 2, 4, 8)
-    levels = 1
-    while levels < len(mults) and grid % 2**levels == 0:
-        levels += 1
-    return mults[:levels]
+def _check_same(out: Path, kind: str, info: dict[str, Any]) -> None:
+    run = open_run(out, kind)
+    for section, settings in info.items():
+        for name, value in settings.items():
+            free = section == "training" and name in FREE_ON_RESUME
+            before = run.info.get(section, {}).get(name)
+            # Through JSON, as the recorded value came.
+            if not free and before != (list(value) if isinstance(value, tuple) else value):
+                raise RunError(f"{out}: was started with {section} {name} = {before}, now it is {value}")

@@ -75,17 +75,20 @@ class ImageBatches(Dataset):
 
 
 class CodeBatches(Dataset):
-    """Batches of encoded images: {"codes": (B, h, w) int64, "label": (B,) int64 where there are labels}.
+    """Batches of encoded images: {"codes": (B, h, w) int64, "label": (B,) int64, "grains": (B, h', w') int64}.
 
     Indexed by visits, as ImageBatches.
 
     Args:
         codes: (N, h, w) integers: a tensor, or an array that may be mapped from disk.
-        labels: (N,) int64 or None.
+        labels: (N,) int64, or None where there are none.
+        grains: (N, h', w') int64 of codes of variable length, or None.
     """
 
-    def __init__(self, codes: Tensor | np.ndarray, labels: Tensor | None = None):
-        self._codes, self._labels = codes, labels
+    def __init__(
+        self, codes: Tensor | np.ndarray, labels: Tensor | None = None, grains: Tensor | np.ndarray | None = None
+    ):
+        self._codes, self._labels, self._grains = codes, labels, grains
 
     def __len__(self) -> int:
         return len(self._codes)
@@ -95,6 +98,8 @@ class CodeBatches(Dataset):
         batch = {"codes": torch.as_tensor(self._codes[positions]).long()}
         if self._labels is not None:
             batch["label"] = self._labels[positions]
+        if self._grains is not None:
+            batch["grains"] = torch.as_tensor(self._grains[positions]).long()
         return batch
 
 

@@ -1,10 +1,13 @@
 """The training side of discrete diffusion: which level to noise to, the objective, the bound."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from vqfast.diffusion.sampler import Denoiser, sample_steps
@@ -108,6 +111,8 @@ class DiscreteDiffusion(nn.Module):
         self.weighting = weighting
         self.register_buffer("loss_history", torch.zeros(transition.T))
         self.register_buffer("loss_count", torch.zeros(transition.T, dtype=torch.int64))
+        self.accumulating = False
+        self._noted: Tensor | None = None  # (2, T) number of samples, and sum of their squared losses
 
     def predict(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits of x_0, (B, L, K), from codes x_t (B, L) at levels t (B,)."""
@@ -148,14 +153,29 @@ class DiscreteDiffusion(nn.Module):
     def record(self, t: Tensor, nats: Tensor) -> None:
         """Note the losses nats (B,) of samples at levels t (B,), for importance sampling.
 
-        Samples that share a t enter with the mean of their squares: their order does not matter.
+        Samples that share a t enter with the mean of their squares, those of other processes among them: their order
+        does not matter, and every process ends with the same history. Inside `accumulate_history` they are kept
+        until its end.
         """
-        index = t - 1
-        same = (t[:, None] == t[None, :]).to(self.loss_history.dtype)
-        square = (same * nats.to(self.loss_history.dtype) ** 2).sum(1) / same.sum(1)
-        history = _HISTORY_DECAY * self.loss_history[index] + (1 - _HISTORY_DECAY) * square
-        self.loss_history.scatter_(0, index, history)
-        self.loss_count.scatter_add_(0, index, torch.ones_like(index))
+        level = torch.arange(1, self.transition.T + 1, device=t.device)
+        at = (t == level[:, None]).to(self.loss_history.dtype)  # (T, B)
+        noted = torch.stack([at.sum(1), (at * nats.to(at.dtype).square()).sum(1)])
+        self._noted = noted if self._noted is None else self._noted + noted
+        if not self.accumulating:
+            self.update_history()
+
+    @torch.no_grad()
+    def update_history(self) -> None:
+        """Take in all that was recorded since the last time, if anything; with several processes one all-reduce."""
+        if self._noted is None:
+            return
+        noted, self._noted = self._noted, None
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(noted)
+        count, total = noted
+        history = _HISTORY_DECAY * self.loss_history + (1 - _HISTORY_DECAY) * total / count.clamp(min=1)
+        self.loss_history.copy_(torch.where(count > 0, history, self.loss_history))
+        self.loss_count.add_(count.to(self.loss_count.dtype))
 
     def objective(self, logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, p_t: Tensor) -> tuple[Objective, Tensor]:
         """The estimate of the bound from one noised version of each sample.
@@ -264,3 +284,22 @@ class DiscreteDiffusion(nn.Module):
         """`elbo` in bits per token: (B,) float64."""
         total = self.elbo(denoiser, x0, labels, steps=steps, generator=generator).total
         return total / (x0.shape[1] * math.log(2))
+
+
+@contextmanager
+def accumulate_history(model: nn.Module) -> Iterator[None]:
+    """One step of every loss history for all training passes within, at the end: gradient accumulation.
+
+    Args:
+        model: any module; its DiscreteDiffusion, wherever they are. Every process enters and leaves alike.
+    """
+    found = [module for module in model.modules() if isinstance(module, DiscreteDiffusion)]
+    for diffusion in found:
+        diffusion.accumulating = True
+    try:
+        yield
+    finally:
+        for diffusion in found:
+            diffusion.accumulating = False
+    for diffusion in found:
+        diffusion.update_history()

@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def _levels(T: int) -> Tensor:
-    """t / T for t = 0..T, float64."""
+    """t / T for t = 0..T, float64, on the CPU also where a model is built on the meta device."""
     if not isinstance(T, int) or isinstance(T, bool) or T < 1:
         raise ValueError(f"T: expected a whole number of noise levels, at least 1, got {T!r}")
-    return torch.arange(T + 1, dtype=torch.float64) / T
+    return torch.arange(T + 1, dtype=torch.float64, device="cpu") / T
 
 
 def _squared_cosine(T: int, s: float) -> Tensor:
@@ -57,7 +57,7 @@ def cosine_released(T: int) -> Tensor:
     """
     f = _squared_cosine(T, 0.008)
     alpha = (f[1:] / f[:-1]).clamp(0.001, 1.0).sqrt()
-    return torch.cat([torch.ones(1, dtype=torch.float64), alpha.cumprod(0)])
+    return torch.cat([torch.ones_like(alpha[:1]), alpha.cumprod(0)])
 
 
 def linear(T: int) -> Tensor:

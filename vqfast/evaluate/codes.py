@@ -4,9 +4,15 @@ import torch
 from torch import Tensor
 
 
-def codebook_usage(codes: Tensor, codebook_size: int) -> float:
-    """Share of the codebook that occurs in `codes` (any shape, integers in [0, codebook_size)), 0..1."""
-    return _counts(codes, codebook_size).count_nonzero().item() / codebook_size
+def codebook_usage(codes: Tensor, codebook_size: int, *, times: int = 1) -> float:
+    """Share of the codebook that occurs in `codes`, 0..1.
+
+    Args:
+        codes: any shape, integers in [0, codebook_size).
+        codebook_size: K.
+        times: how often a code must occur to count; ReFiT's measure takes 10 (arXiv 2112.01799).
+    """
+    return (_counts(codes, codebook_size) >= times).sum().item() / codebook_size
 
 
 def perplexity(codes: Tensor, codebook_size: int) -> float:

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 _PAPER, _INK, _GREY = (255, 255, 255), (32, 36, 44), (110, 118, 130)
 HIDDEN = (196, 206, 222)
+FINE = (255, 120, 30)  # tint of cells with many codes
 _CELL = 72  # pixels a side that small images are enlarged to, at most
 _GAP, _MARGIN = 4, 20
 
@@ -70,6 +71,53 @@ def hide(images: np.ndarray, hidden: np.ndarray) -> np.ndarray:
     return np.where(hidden[..., None], np.array(HIDDEN, dtype=np.uint8), as_rgb(images))
 
 
+def draw_grains(images: np.ndarray, grains: np.ndarray) -> np.ndarray:
+    """Images with their grain map over them: the more codes a cell has, the stronger its tint; codes are outlined.
+
+    Args:
+        images: (N, H, W, 1 or 3) uint8.
+        grains: (N, Hc, Wc) integers, 0 the coarsest.
+
+    Returns:
+        (N, H, W, 3) uint8. Outlines are left out where codes are smaller than 8 pixels.
+    """
+    images = as_rgb(images).astype(float)
+    cell = images.shape[1] // grains.shape[1]
+    grains = grains.repeat(cell, 1).repeat(cell, 2)
+    strength = 0.45 * grains[..., None] / max(grains.max(), 1)
+    tinted = images * (1 - strength) + np.array(FINE) * strength
+    pixels = cell // 2**grains  # a side of a code
+    y, x = np.arange(images.shape[1])[:, None], np.arange(images.shape[2])
+    edge = ((y % pixels == 0) | (x % pixels == 0)) & (pixels >= 8)
+    return np.where(edge[..., None], tinted * 0.6, tinted).round().astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points (x, y) under a name, joined where there is more than one."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    marker: str = "o"
+
+
+def save_lines(path: Path, lines: Sequence[Line], *, title: str, x: str, y: str) -> None:
+    """One panel of lines. x, y: labels of the axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for line in lines:
+        axis.plot(*zip(*line.points, strict=True), marker=line.marker, linewidth=1.6, markersize=6, label=line.name)
+    axis.set(title=title, xlabel=x, ylabel=y)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
 @dataclass(frozen=True)
 class Panel:
     """One scalar of one training: `metrics` is its metrics.jsonl, `unit` the label of the vertical axis."""
@@ -83,7 +131,7 @@ class Panel:
 
 def save_curves(path: Path, panels: Sequence[Panel]) -> None:
     """Curves side by side: training as a line (the median of five records, the records themselves faint behind it) and
-    held-out values as dots. Scalars must be above 0.
+    held-out values as dots. Scalars of a logarithmic panel must be above 0.
 
     Args:
         path: PNG file to write.
@@ -99,6 +147,8 @@ def save_curves(path: Path, panels: Sequence[Panel]) -> None:
         records = [json.loads(line) for line in panel.metrics.read_text().splitlines()]
         steps, values = _points(records, panel.scalar)
         middle = _running_median(values)
+        if not len(steps):
+            raise ValueError(f"{panel.metrics}: holds no {panel.scalar}")
         axis.plot(steps, values, color="C0", alpha=0.25, linewidth=1)
         axis.plot(steps, middle, color="C0", linewidth=1.6, label="training")
         # Outliers of single records may leave the panel, so that the curves fill it.
@@ -109,8 +159,9 @@ def save_curves(path: Path, panels: Sequence[Panel]) -> None:
             axis.plot(steps, values, "o--", color="C1", linewidth=1.4, markersize=4, label="held out")
             seen = np.concatenate([middle, values])
         low, high = seen.min(), seen.max()
-        margin = 1.15 if panel.log else 1.03
-        axis.set(title=panel.title, xlabel="step", ylabel=panel.unit, ylim=(low / margin, high * margin))
+        margin = 0.03 * (high - low) or 0.5
+        limits = (low / 1.15, high * 1.15) if panel.log else (low - margin, high + margin)
+        axis.set(title=panel.title, xlabel="step", ylabel=panel.unit, ylim=limits)
         axis.grid(alpha=0.25, which="both")
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False)

@@ -69,32 +69,67 @@ def write_report(
         commands: what was run.
         notes: lines below the table.
     """
-    text = html.escape
     rows = "".join(
-        f"<tr><td>{text(f.name)}</td><td class=number>{text(f.show(f.value))}</td>"
-        f"<td class=number>≥ {text(f.show(f.target))}</td>"
+        f"<tr><td>{_text(f.name)}</td><td class=number>{_text(f.show(f.value))}</td>"
+        f"<td class=number>≥ {_text(f.show(f.target))}</td>"
         f"<td><span class={'met' if f.met else 'missed'}>{f.verdict}</span></td></tr>"
         for f in figures
     )
-    sections = "".join(
-        f"<section><h2>{text(p.title)}</h2><p>{text(p.text)}</p>"
-        f'<img alt="{text(p.title)}" src="data:image/png;base64,{base64.b64encode(p.path.read_bytes()).decode()}">'
-        "</section>"
-        for p in pictures
-    )
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{text(title)}</title>
-<style>{_STYLE}</style></head>
-<body><main>
-<h1>{text(title)}</h1>
-<p class=lead>{text(introduction)}</p>
-<section><h2>Figures</h2>
+    measured = f"""<section><h2>Figures</h2>
 <table><thead><tr><th></th><th class=number>measured</th><th class=number>target</th><th></th></tr></thead>
 <tbody>{rows}</tbody></table>
-{"".join(f"<p class=note>{text(note)}</p>" for note in notes)}</section>
-{sections}
-<section><h2>Commands</h2><pre>{text(chr(10).join(commands))}</pre></section>
+{"".join(f"<p class=note>{_text(note)}</p>" for note in notes)}</section>"""
+    sections = [measured, *map(_picture, pictures), _listing("Commands", "\n".join(commands))]
+    _write_page(path, title, introduction, sections)
+
+
+def write_run_report(
+    path: Path,
+    *,
+    title: str,
+    introduction: str,
+    facts: dict[str, str],
+    pictures: Sequence[Picture],
+    settings: str,
+) -> None:
+    """Write a page about one training, that needs nothing beside it.
+
+    Args:
+        path: the .html file.
+        title, introduction: its head.
+        facts: what to know of the run, shown as a table.
+        pictures: PNG files, in the order to show them.
+        settings: text that repeats the run.
+    """
+    rows = "".join(f"<tr><td>{_text(name)}</td><td class=number>{_text(v)}</td></tr>" for name, v in facts.items())
+    sections = [f"<section><h2>State</h2><table><tbody>{rows}</tbody></table></section>"]
+    _write_page(path, title, introduction, [*sections, *map(_picture, pictures), _listing("Settings", settings)])
+
+
+_text = html.escape
+
+
+def _picture(picture: Picture) -> str:
+    data = base64.b64encode(picture.path.read_bytes()).decode()
+    return (
+        f"<section><h2>{_text(picture.title)}</h2><p>{_text(picture.text)}</p>"
+        f'<img alt="{_text(picture.title)}" src="data:image/png;base64,{data}"></section>'
+    )
+
+
+def _listing(title: str, lines: str) -> str:
+    return f"<section><h2>{_text(title)}</h2><pre>{_text(lines)}</pre></section>"
+
+
+def _write_page(path: Path, title: str, introduction: str, sections: Sequence[str]) -> None:
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{_text(title)}</title>
+<style>{_STYLE}</style></head>
+<body><main>
+<h1>{_text(title)}</h1>
+<p class=lead>{_text(introduction)}</p>
+{"".join(sections)}
 </main></body></html>
 """
     path.write_text(page, encoding="utf-8")

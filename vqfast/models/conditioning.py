@@ -1,6 +1,7 @@
-"""What every denoiser takes in: a grid of noisy codes, a noise level, a class."""
+"""What models are told beside the codes: a grid of noisy ones, a noise level, a class."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,20 @@ def as_grid(x_t: Tensor, grid: tuple[int, int]) -> Tensor:
     if x_t.ndim != 2 or x_t.shape[1] != h * w:
         raise ValueError(f"x_t: expected (B, {h * w}) for the grid {h} x {w}, or (B, H, W), got {describe(x_t)}")
     return x_t.reshape(x_t.shape[0], h, w)
+
+
+def flat_codes(name: str, codes: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Codes (B, H, W) or (B, L) of the grid, as (B, L).
+
+    Raises:
+        TypeError, ValueError: other than these, naming the argument `name`.
+    """
+    h, w = grid
+    if not isinstance(codes, Tensor) or codes.dtype != torch.int64:
+        raise TypeError(f"{name}: expected int64 codes (B, {h}, {w}) or (B, {h * w}), got {describe(codes)}")
+    if codes.shape[1:] not in ((h, w), (h * w,)):
+        raise ValueError(f"{name}: expected codes (B, {h}, {w}) or (B, {h * w}), got {describe(codes)}")
+    return codes.flatten(1)
 
 
 def level_features(t: Tensor, T: int, dim: int) -> Tensor:
@@ -62,6 +77,55 @@ def check_labels(labels: Tensor, batch: int, num_classes: int | None) -> None:
             )
 
 
+def batch_labels(batch: Mapping[str, Tensor], num_classes: int | None) -> Tensor | None:
+    """Labels of a training batch, checked; None for a model without classes, which has no use for them.
+
+    Raises:
+        TypeError, ValueError: labels that the model needs are missing, or other than (B,) int64 in range.
+    """
+    if num_classes is None:
+        return None
+    labels = batch.get("label")
+    if labels is None:
+        raise ValueError(f'batch["label"]: missing, but the model has {num_classes} classes; expected (B,) int64')
+    check_labels(labels, len(batch["codes"]), num_classes)
+    return labels
+
+
+def drop_labels(labels: Tensor, share: float) -> Tensor:
+    """Labels (B,), each with this probability replaced by that of no class (classifier-free guidance)."""
+    return labels.masked_fill(torch.rand(labels.shape, device=labels.device) < share, NO_CLASS)
+
+
+def sampling_labels(
+    labels: Tensor | int | None, n: int, num_classes: int | None, class_dropout: float, device: torch.device
+) -> Tensor | None:
+    """(n,) int64 on the device of labels (n,), or of one class for all; None draws without a class.
+
+    Raises:
+        TypeError, ValueError: labels missing, not wanted or out of range.
+    """
+    if labels is None:
+        if num_classes is not None and class_dropout == 0:
+            raise ValueError(
+                f"labels: missing; the model has {num_classes} classes and class_dropout = 0, so it never "
+                "learnt to do without one"
+            )
+        return None
+    if isinstance(labels, int):
+        labels = torch.full((n,), labels)
+    check_labels(labels, n, num_classes)
+    return labels.to(device)
+
+
+def check_guidance(scale: float, num_classes: int | None, class_dropout: float) -> None:
+    """Raise ValueError where guidance is asked of a model that cannot tell a class from none."""
+    if scale != 1.0 and (num_classes is None or class_dropout == 0):
+        raise ValueError(
+            f"guidance_scale: expected 1 for a model trained without classes or without class_dropout, got {scale}"
+        )
+
+
 class ClassEmbedding(nn.Module):
     """A vector per class, and one for no class (Ho and Salimans 2022, classifier-free guidance).
 
@@ -86,7 +150,6 @@ class ClassEmbedding(nn.Module):
         if labels is None:
             labels = torch.full((batch,), NO_CLASS, device=self.embedding.weight.device)
         check_labels(labels, batch, self.num_classes)
-        none = labels < 0
         if self.training and self.dropout > 0:
-            none = none | (torch.rand(labels.shape, device=labels.device) < self.dropout)
-        return self.embedding(torch.where(none, self.num_classes, labels))
+            labels = drop_labels(labels, self.dropout)
+        return self.embedding(torch.where(labels < 0, self.num_classes, labels))

@@ -1,7 +1,6 @@
 """VQ-DDM (arXiv 2112.01799): discrete diffusion over the codes of a vector-quantised auto-encoder."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,8 @@ from vqfast.diffusion import (
     sample,
     schedule,
 )
-from vqfast.models.conditioning import check_labels
+from vqfast.models.conditioning import batch_labels, check_guidance, flat_codes, sampling_labels
+from vqfast.models.drawing import evaluating
 from vqfast.models.transformer import Transformer
 from vqfast.models.unet import UNet
 from vqfast.ops.checks import describe
@@ -165,7 +165,7 @@ class VQDDM(nn.Module):
 
         One unbiased draw; `bits_per_dim` gives the whole bound, at one denoiser call per noise level.
         """
-        with self._evaluating():
+        with evaluating(self):
             result = self.training_step(batch, step)
         return {name: value.detach() for name, value in result.items()}
 
@@ -188,7 +188,7 @@ class VQDDM(nn.Module):
         """
         codes = self._flat("codes", codes)
         labels = self._labels(labels, codes.shape[0])
-        with self._evaluating():
+        with evaluating(self):
             return self.diffusion.bits_per_dim(self.denoiser, codes, labels, steps=steps, generator=generator)
 
     def sample(
@@ -279,14 +279,9 @@ class VQDDM(nn.Module):
 
     def _draw(self, n, known, labels, batch_size, guidance_scale, **options) -> Tensor:
         labels = self._labels(labels, n)
-        guided = guidance_scale != 1.0
-        if guided and (self.config.num_classes is None or self.config.class_dropout == 0):
-            raise ValueError(
-                f"guidance_scale: expected 1 for a model trained without classes or without class_dropout, "
-                f"got {guidance_scale}"
-            )
+        check_guidance(guidance_scale, self.config.num_classes, self.config.class_dropout)
         h, w = self.config.grid
-        with self._evaluating():
+        with evaluating(self):
             codes = sample(
                 self,
                 (n, h * w),
@@ -302,47 +297,11 @@ class VQDDM(nn.Module):
         return codes.view(n, h, w)
 
     def _flat(self, name: str, codes: Tensor) -> Tensor:
-        """Codes (B, H, W) or (B, L) as (B, L)."""
-        h, w = self.config.grid
-        if not isinstance(codes, Tensor) or codes.dtype != torch.int64:
-            raise TypeError(f"{name}: expected int64 codes (B, {h}, {w}) or (B, {h * w}), got {describe(codes)}")
-        if codes.shape[1:] not in ((h, w), (h * w,)):
-            raise ValueError(f"{name}: expected codes (B, {h}, {w}) or (B, {h * w}), got {describe(codes)}")
-        return codes.flatten(1)
+        return flat_codes(name, codes, self.config.grid)
 
     def _read(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Flat codes, and the labels if the model has classes; labels that it has no use for are left."""
-        codes = self._flat('batch["codes"]', batch["codes"])
-        if self.config.num_classes is None:
-            return codes, None
-        if batch.get("label") is None:
-            raise ValueError(
-                f'batch["label"]: missing, but the model has {self.config.num_classes} classes; expected (B,) int64'
-            )
-        return codes, batch["label"]
+        return self._flat('batch["codes"]', batch["codes"]), batch_labels(batch, self.config.num_classes)
 
     def _labels(self, labels: Tensor | int | None, n: int) -> Tensor | None:
-        """(n,) labels on the model's device, checked against the configuration."""
-        classes = self.config.num_classes
-        if labels is None:
-            if classes is not None and self.config.class_dropout == 0:
-                raise ValueError(
-                    f"labels: missing; the model has {classes} classes and class_dropout = 0, so it never "
-                    "learnt to do without one"
-                )
-            return None
-        if isinstance(labels, int):
-            labels = torch.full((n,), labels)
-        check_labels(labels, n, classes)
-        return labels.to(self.device)
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode inside, whatever mode each module was in again outside."""
-        training = [module for module in self.modules() if module.training]
-        self.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+        return sampling_labels(labels, n, self.config.num_classes, self.config.class_dropout, self.device)

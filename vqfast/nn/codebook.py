@@ -80,17 +80,19 @@ def random_vectors(
     *,
     mask: Tensor | None = None,
     sync: bool = True,
+    turn: tuple[int, int] = (0, 1),
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Different vectors drawn at random, each with a 1 after it; zeros in the places that no vector is left for.
 
-    Processes take turns: summed over them, every place holds one vector of one process. The sum is left to the caller,
-    who has more to send.
+    Batches take turns, those of all processes and of all passes before one step: summed over them, every place holds
+    one vector of one batch. The sum is left to the caller, who has more to send.
 
     Args:
         vectors: (..., N, D).
         count: number of places.
         mask: (..., N) bool, which vectors may be drawn.
+        turn: which pass this is (0, 1, ...), of how many.
         generator: of the draw, on the device of vectors.
 
     Returns:
@@ -106,9 +108,10 @@ def random_vectors(
     # A vector that does not count may hold anything: zero times that is not always zero.
     drawn = F.pad(torch.cat([torch.where(offered > 0, drawn, 0), offered], dim=-1), (0, 0, 0, count - given))
     processes = process_count(sync)
-    if processes > 1:
-        turn = torch.arange(count, device=vectors.device) % processes == dist.get_rank()
-        drawn = torch.where(turn[:, None], drawn, 0)
+    batches, batch = turn[1] * processes, turn[0] * processes + (dist.get_rank() if processes > 1 else 0)
+    if batches > 1:
+        own = torch.arange(count, device=vectors.device) % batches == batch
+        drawn = torch.where(own[:, None], drawn, 0)
     return drawn
 
 

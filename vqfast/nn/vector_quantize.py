@@ -218,6 +218,7 @@ class VectorQuantize(nn.Module):
         self._initialised = not kmeans_init
         self.register_load_state_dict_post_hook(VectorQuantize._after_load)
         self.accumulating = False
+        self._turn = (0, 1)
         self._pending: Tensor | None = None
 
     def _after_load(self, incompatible_keys) -> None:
@@ -497,11 +498,15 @@ class VectorQuantize(nn.Module):
         packed = packed_stats(z, self._stacked(indices), self.cluster_size.numel(), weights=weights, sync=False)
         if self.threshold_ema_dead_code > 0:
             rows, counted = self._by_codebook(z), self._by_codebook((indices >= 0)[..., None])[..., 0]
-            candidates = random_vectors(rows, self.codebook_size, mask=counted, sync=self.sync_codebook)
+            candidates = random_vectors(
+                rows, self.codebook_size, mask=counted, sync=self.sync_codebook, turn=self._turn
+            )
             packed = torch.cat([packed, candidates.flatten(0, -2).to(packed)], dim=1)
         if self._pending is not None:
-            # Statistics add up; of the candidates for revival the newest are as good as any.
-            packed[:, : 1 + self.codebook_dim] += self._pending[:, : 1 + self.codebook_dim]
+            # Statistics add up. Candidates for revival do where passes take turns; else the newest are as good as any.
+            added = packed.shape[1] if self._turn[1] > 1 else 1 + self.codebook_dim
+            packed[:, :added] += self._pending[:, :added]
+        self._turn = (self._turn[0] + 1, self._turn[1]) if self._turn[1] > 1 else self._turn
         if accumulate or self.accumulating:
             self._pending = packed
             return
@@ -591,7 +596,7 @@ class VectorQuantize(nn.Module):
 
 
 @contextmanager
-def accumulate_codebooks(model: nn.Module) -> Iterator[None]:
+def accumulate_codebooks(model: nn.Module, passes: int = 1) -> Iterator[None]:
     """One step of every codebook's moving averages for all training passes within, at the end: gradient accumulation.
 
     Statistics of the passes add up in one packed [K, D + 1] buffer a codebook; leaving the context is one all-reduce
@@ -599,10 +604,12 @@ def accumulate_codebooks(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: any module; its VectorQuantize, wherever they are.
+        passes: how many there will be, where that is known: dead codes then get vectors of all of them, and passes in
+            one process end with the codebook that as many processes of one pass each would have.
     """
     quantizers = [module for module in model.modules() if isinstance(module, VectorQuantize)]
     for quantizer in quantizers:
-        quantizer.accumulating = True
+        quantizer.accumulating, quantizer._turn = True, (0, passes)
     try:
         yield
     except BaseException:
@@ -611,6 +618,6 @@ def accumulate_codebooks(model: nn.Module) -> Iterator[None]:
         raise
     finally:
         for quantizer in quantizers:
-            quantizer.accumulating = False
+            quantizer.accumulating, quantizer._turn = False, (0, 1)
     for quantizer in quantizers:
         quantizer.update_codebook()

@@ -2,23 +2,42 @@
 
 from vqfast.ops.registry import backend  # isort: skip  (first: it registers the ops that the others bind)
 from vqfast.ops.diffusion import diffusion_loss, p_sample, posterior, prior_kl, q_sample
+from vqfast.ops.dynamic import DynamicQuantized, code_weights, dynamic_quantize, grain_budget_loss
+from vqfast.ops.packing import Packed, grain_entropy, pack, position_mask, unpack
+from vqfast.ops.padded import Padded, from_padded, special_tokens, to_padded
+from vqfast.ops.prepare import PreparedCodebook, prepare
 from vqfast.ops.search import Quantized, codebook_stats, nearest_code, quantize
 from vqfast.ops.transitions import Absorbing, Marginal, MaskAndReplace, Transition, Uniform
 
 __all__ = [
     "Absorbing",
+    "DynamicQuantized",
     "Marginal",
     "MaskAndReplace",
+    "Packed",
+    "Padded",
+    "PreparedCodebook",
     "Quantized",
     "Transition",
     "Uniform",
     "backend",
+    "code_weights",
     "codebook_stats",
     "diffusion_loss",
+    "dynamic_quantize",
+    "from_padded",
+    "grain_budget_loss",
+    "grain_entropy",
     "nearest_code",
     "p_sample",
+    "pack",
+    "position_mask",
     "posterior",
+    "prepare",
     "prior_kl",
     "q_sample",
     "quantize",
+    "special_tokens",
+    "to_padded",
+    "unpack",
 ]

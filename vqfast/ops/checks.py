@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vqfast.ops.coverage import capacity_holds, covers_once, grains_in_range
+
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def checking() -> bool:
+    """Whether checks that cost a device sync were asked for."""
+    return os.environ.get("VQFAST_CHECK") == "1"
 
 
 def describe(value: Any) -> str:
@@ -43,20 +50,40 @@ def check_device(reference_name: str, reference: Tensor, **others: Tensor | None
 
 
 def check_codebook(x: Any, codebook: Any) -> None:
-    """x: (..., D) and codebook: (K, D), the same float dtype and device, K >= 1."""
+    """x: (..., D) and codebook: (K, D), or (..., H, D) and (H, K, D): the same float dtype and device, K >= 1."""
     check_float("x", x)
     check_float("codebook", codebook)
-    if x.ndim < 1:
+    check_codes(codebook)
+    # Each look at a shape or a device makes an object; together they would be a tenth of a small search.
+    shape, codes = x.shape, codebook.shape
+    if not shape:
         raise ValueError(f"x: expected at least one dimension (..., D), got {describe(x)}")
-    if codebook.ndim != 2:
-        raise ValueError(f"codebook: expected two dimensions (K, D), got {describe(codebook)}")
-    if x.shape[-1] != codebook.shape[-1]:
-        raise ValueError(f"codebook: expected D = {x.shape[-1]} as in x {tuple(x.shape)}, got {describe(codebook)}")
-    if codebook.shape[0] == 0 or codebook.shape[1] == 0:
-        raise ValueError(f"codebook: expected at least one code and one dimension, got {describe(codebook)}")
+    if shape[-1] != codes[-1]:
+        raise ValueError(f"codebook: expected D = {shape[-1]} as in x {tuple(shape)}, got {describe(codebook)}")
+    if len(codes) == 3 and (len(shape) < 2 or shape[-2] != codes[0]):
+        raise ValueError(
+            f"x: expected (..., H, D) = (..., {codes[0]}, {codes[2]}) for a codebook of shape (H, K, D), "
+            f"got {describe(x)}"
+        )
     if x.dtype != codebook.dtype:
         raise TypeError(f"codebook: expected the dtype of x, {x.dtype}, got {describe(codebook)}")
-    check_device("x", x, codebook=codebook)
+    if not (x.is_cpu and codebook.is_cpu):
+        check_device("x", x, codebook=codebook)
+
+
+def check_codes(codebook: Tensor) -> None:
+    """codebook: (K, D) or (H, K, D), no dimension empty."""
+    if codebook.ndim != 2 and codebook.ndim != 3:
+        raise ValueError(
+            f"codebook: expected two dimensions (K, D), or three (H, K, D) for heads, got {describe(codebook)}"
+        )
+    if 0 in codebook.shape:
+        raise ValueError(f"codebook: expected at least one code and one dimension, got {describe(codebook)}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def check_mask(mask: Any, x: Tensor) -> None:
@@ -106,7 +133,7 @@ def _known(known: Tensor | None, codebook_size: int) -> None:
 
 def _no_nan(name: str, scores: Tensor | None) -> None:
     """Only where asked for: it is a pass over the logits, and kernels give such rows a defined result."""
-    if _checked() and scores is not None and bool(scores.isnan().any()):
+    if checking() and scores is not None and bool(scores.isnan().any()):
         rows = scores.isnan().any(-1)
         b, l = (int(i) for i in rows.nonzero()[0])
         raise ValueError(f"{name}: expected no NaN, got NaN in {int(rows.sum())} tokens, the first at [{b}, {l}]")
@@ -135,6 +162,14 @@ def _p_sample(logits, unconditional, x_t, t, s, levels, noise, known, marginal, 
     _known(known, logits.shape[-1])
 
 
+def _pack(values: Tensor, grains: Tensor, region: bool, capacity: int) -> None:
+    grains_in_range(grains, (values.shape[1] // max(grains.shape[1], 1)).bit_length())
+
+
+def _position_mask(positions, grain_ids, grain, Hc, Wc, num_grains, vocab_size) -> None:
+    _check_range("grain", grain, 0, num_grains - 1, f"{num_grains} grains")
+
+
 _VALUE_CHECKS = {
     "lookup": lambda x, codebook, indices: _indices(indices, codebook.shape[0]),
     "codebook_stats": lambda x, indices, weights, codebook_size: _indices(indices, codebook_size),
@@ -142,15 +177,18 @@ _VALUE_CHECKS = {
     "posterior": _posterior,
     "diffusion_loss": _diffusion_loss,
     "p_sample": _p_sample,
+    "pack": _pack,
+    "position_mask": _position_mask,
 }
 
-
-def _checked() -> bool:
-    return os.environ.get("VQFAST_CHECK") == "1"
+# Checks that cost more than the op: with VQFAST_CHECK=1 only, on any device.
+_COSTLY_CHECKS = {"pack": capacity_holds, "unpack": covers_once}
 
 
 def check_values(op: str, args: tuple) -> None:
     """Raise ValueError where a value (not a shape) of an op's arguments is out of range."""
     check = _VALUE_CHECKS.get(op)
-    if check is not None and (args[0].device.type == "cpu" or _checked()):
+    if check is not None and (args[0].device.type == "cpu" or checking()):
         check(*args)
+    if op in _COSTLY_CHECKS and checking():
+        _COSTLY_CHECKS[op](*args)

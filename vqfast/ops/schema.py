@@ -19,8 +19,30 @@ def _accumulator(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _nearest(x: Tensor, codebook: Tensor) -> Tensor:
+def _nearest(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None = None,
+    prepared: Tensor | None = None,
+    metric: str = "l2",
+    exact: bool = True,
+) -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=torch.int64)
+
+
+def _nearest_counted(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None = None,
+    prepared: Tensor | None = None,
+    metric: str = "l2",
+    exact: bool = True,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[:-1], dtype=torch.int64), x.new_empty((), dtype=torch.int64)
+
+
+def _nearest_prepare(codebook: Tensor, metric: str) -> Tensor:
+    return codebook.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
 
 def _lookup(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,7 +117,52 @@ def _p_sample(
     return x_t.new_empty(x_t.shape)
 
 
-_define("nearest(Tensor x, Tensor codebook) -> Tensor", _nearest)
+def _pack(values: Tensor, grains: Tensor, region: bool, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        values.new_empty((capacity, *values.shape[3:])),
+        grains.new_empty(grains.shape[0] + 1, dtype=torch.int32),
+        grains.new_empty(capacity),
+        grains.new_empty(capacity),
+    )
+
+
+def _unpack(
+    values: Tensor,
+    cu_seqlens: Tensor,
+    positions: Tensor,
+    grain_ids: Tensor,
+    grains: Tensor,
+    num_grains: int,
+    replicate: bool,
+) -> Tensor:
+    B, Hc, Wc = grains.shape
+    factor = 2 ** (num_grains - 1)
+    return values.new_empty((B, Hc * factor, Wc * factor, *values.shape[1:]))
+
+
+def _unpack_backward(
+    grad: Tensor, cu_seqlens: Tensor, positions: Tensor, grain_ids: Tensor, grains: Tensor, num_grains: int
+) -> Tensor:
+    return grad.new_empty((positions.shape[0], *grad.shape[3:]))
+
+
+def _position_mask(
+    positions: Tensor, grain_ids: Tensor, grain: Tensor, Hc: int, Wc: int, num_grains: int, vocab_size: int
+) -> Tensor:
+    return positions.new_empty((positions.shape[0], vocab_size), dtype=torch.bool)
+
+
+def _grain_entropy(
+    images: Tensor, patch_size: int, num_bins: int, sigma: float, lowest: float, highest: float
+) -> Tensor:
+    B, _, H, W = images.shape
+    return images.new_empty((B, H // patch_size, W // patch_size), dtype=_accumulator(images))
+
+
+_SEARCH = 'Tensor x, Tensor codebook, Tensor? mask=None, Tensor? prepared=None, str metric="l2", bool exact=True'
+_define(f"nearest({_SEARCH}) -> Tensor", _nearest)
+_define(f"nearest_counted({_SEARCH}) -> (Tensor, Tensor)", _nearest_counted)
+_define("nearest_prepare(Tensor codebook, str metric) -> Tensor", _nearest_prepare)
 _define("lookup(Tensor x, Tensor codebook, Tensor indices) -> (Tensor, Tensor, Tensor)", _lookup)
 _define(
     "lookup_backward(Tensor grad_quantized, Tensor grad_error, Tensor x, Tensor codebook, Tensor indices) -> Tensor",
@@ -124,4 +191,25 @@ _define(
     "p_sample(Tensor logits, Tensor? unconditional, Tensor x_t, Tensor t, Tensor s, Tensor levels, Tensor? noise, "
     "Tensor? known, bool marginal, float temperature, float guidance, SymInt top_k, float top_p, Tensor key) -> Tensor",
     _p_sample,
+)
+_define("pack(Tensor values, Tensor grains, bool region, SymInt capacity) -> (Tensor, Tensor, Tensor, Tensor)", _pack)
+_define(
+    "unpack(Tensor values, Tensor cu_seqlens, Tensor positions, Tensor grain_ids, Tensor grains, int num_grains, "
+    "bool replicate) -> Tensor",
+    _unpack,
+)
+_define(
+    "unpack_backward(Tensor grad, Tensor cu_seqlens, Tensor positions, Tensor grain_ids, Tensor grains, "
+    "int num_grains) -> Tensor",
+    _unpack_backward,
+)
+_define(
+    "position_mask(Tensor positions, Tensor grain_ids, Tensor grain, SymInt Hc, SymInt Wc, int num_grains, "
+    "SymInt vocab_size) -> Tensor",
+    _position_mask,
+)
+_define(
+    "grain_entropy(Tensor images, SymInt patch_size, SymInt num_bins, float sigma, float lowest, float highest) "
+    "-> Tensor",
+    _grain_entropy,
 )

@@ -11,6 +11,7 @@ import vqfast
 from vqfast.train.errors import RunError
 
 RUN_FILE = "run.json"
+FORMAT = 1  # of run.json, checkpoint.json and config.yaml: one more for each change that older versions cannot read
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def create_run(out: Path | str, kind: str, info: dict[str, Any]) -> Run:
     except OSError as error:
         raise RunError(f"{out}: cannot be made: {error.strerror}") from error
     stamp = {
+        "format": FORMAT,
         "version": vqfast.__version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
@@ -84,6 +86,7 @@ def open_run(path: Path | str, kind: str | None = None) -> Run:
     if not file.is_file():
         raise RunError(f"{path}: not a run (it holds no {RUN_FILE})")
     info = read_json(file)
+    check_format(info, file)
     found = info.pop("kind", None)
     if not isinstance(found, str):
         raise RunError(f"{file}: not a description of a run")
@@ -92,11 +95,25 @@ def open_run(path: Path | str, kind: str | None = None) -> Run:
     return Run(path, found, info)
 
 
+def check_format(described: dict[str, Any], file: Path) -> None:
+    """Raises RunError where a file says that it was written in a newer format than this version reads."""
+    found = described.get("format", FORMAT)
+    if not isinstance(found, int) or found > FORMAT:
+        raise RunError(
+            f"{file}: written by a newer vqfast (format {found}, vqfast {vqfast.__version__} reads up to {FORMAT}); "
+            "install a newer vqfast"
+        )
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write beside and rename, so that a reader never sees half a file."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=2) + "\n")
-    beside.replace(path)
+    try:
+        beside.write_text(json.dumps(value, indent=2) + "\n")
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> dict[str, Any]:

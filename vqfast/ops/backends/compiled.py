@@ -5,7 +5,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from vqfast.ops.backends.layout import DTYPE, as_rows
+from vqfast.ops.backends.layout import DTYPE, METRIC, as_heads, as_rows
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -39,17 +39,26 @@ class CompiledKernels:
         """The launchers' last arguments: where to run."""
         return ()
 
-    def search_memory(self, x: Tensor, codebook: Tensor) -> tuple[Tensor | None, ...]:
-        """Further buffers of `nearest`, between its results and `where`."""
+    def search_memory(self, x: Tensor, codebook: Tensor, reranked: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Further buffers of `nearest`, between its results and `where`; `reranked` takes the count, if not None."""
         return ()
 
     def stats_memory(self, x: Tensor, codebook_size: int) -> tuple[Tensor | None, ...]:
         """Further buffers of `codebook_stats`, between its results and `where`."""
         return ()
 
+    def pack_memory(self, grains: Tensor, num_grains: int) -> tuple[Tensor | None, ...]:
+        """Further buffers of `pack`, between its results and `where`."""
+        return ()
+
+    def unpack_memory(self, grains: Tensor, num_grains: int) -> tuple[Tensor | None, ...]:
+        """Further buffers of `unpack` and `unpack_backward`, between their results and `where`."""
+        return ()
+
     def kernels(self) -> dict:
         return {
             "nearest": self.nearest,
+            "nearest_counted": self.nearest_counted,
             "lookup": self.lookup,
             "lookup_backward": self.lookup_backward,
             "codebook_stats": self.codebook_stats,
@@ -57,17 +66,64 @@ class CompiledKernels:
             "diffusion_loss": self.diffusion_loss,
             "scale_rows_": self.scale_rows_,
             "p_sample": self.p_sample,
+            "pack": self.pack,
+            "unpack": self.unpack,
+            "unpack_backward": self.unpack_backward,
+            "position_mask": self.position_mask,
+            "grain_entropy": self.grain_entropy,
         }
 
-    def nearest(self, x: Tensor, codebook: Tensor) -> Tensor:
-        rows, codebook = as_rows(x), codebook.contiguous()
-        indices = x.new_empty(x.shape[:-1], dtype=torch.int64)
-        memory = self.search_memory(x, codebook)
-        self.extension.nearest(
-            DTYPE[x.dtype], rows.view, x.shape[-1], codebook.data_ptr(), codebook.shape[0], indices.data_ptr(),
+    def _search(
+        self,
+        x: Tensor,
+        codebook: Tensor,
+        mask: Tensor | None,
+        prepared: Tensor | None,
+        metric: str,
+        exact: bool,
+        reranked: Tensor | None,
+    ) -> tuple[Tensor, int | None]:
+        shape, codebook = x.shape, codebook.contiguous()
+        if codebook.ndim == 3:
+            rows, heads, stride_head = as_heads(x)
+        else:
+            rows, heads, stride_head = as_rows(x), 1, 0
+        if mask is not None:
+            mask = mask.contiguous()
+        # By keyword: torch reads a size given by position a microsecond slower.
+        indices = x.new_empty(size=shape[:-1], dtype=torch.int64)
+        memory = self.search_memory(x, codebook, reranked)
+        counted = self.extension.nearest(
+            DTYPE[x.dtype], METRIC[metric], exact, rows.view, heads, stride_head, shape[-1], codebook.data_ptr(),
+            codebook.shape[-2], _address(mask), _address(prepared), indices.data_ptr(),
             *map(_address, memory), *self.where(x),
         )  # fmt: skip
-        return indices
+        return indices, counted
+
+    def nearest(
+        self,
+        x: Tensor,
+        codebook: Tensor,
+        mask: Tensor | None = None,
+        prepared: Tensor | None = None,
+        metric: str = "l2",
+        exact: bool = True,
+    ) -> Tensor:
+        return self._search(x, codebook, mask, prepared, metric, exact, None)[0]
+
+    def nearest_counted(
+        self,
+        x: Tensor,
+        codebook: Tensor,
+        mask: Tensor | None = None,
+        prepared: Tensor | None = None,
+        metric: str = "l2",
+        exact: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        reranked = torch.zeros((), dtype=torch.int64, device=x.device)
+        indices, counted = self._search(x, codebook, mask, prepared, metric, exact, reranked)
+        # A launcher on the host returns its count; one on a device has written it.
+        return indices, reranked if counted is None else reranked.fill_(counted)
 
     def lookup(self, x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows, codebook, indices = as_rows(x), codebook.contiguous(), indices.contiguous()
@@ -188,3 +244,85 @@ class CompiledKernels:
             guidance, top_k, top_p, key.data_ptr(), x_s.data_ptr(), *self.where(logits),
         )  # fmt: skip
         return x_s
+
+    def pack(
+        self, values: Tensor, grains: Tensor, region: bool, capacity: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows, grains = as_rows(values if values.ndim == 4 else values[..., None]), grains.contiguous()
+        num_grains = (values.shape[1] // grains.shape[1]).bit_length()
+        packed = values.new_empty((capacity, *values.shape[3:]))
+        cu_seqlens = grains.new_empty(grains.shape[0] + 1, dtype=torch.int32)
+        positions, grain_ids = grains.new_empty(capacity), grains.new_empty(capacity)
+        memory = self.pack_memory(grains, num_grains)
+        self.extension.pack(
+            values.element_size(), rows.view, rows.tensor.shape[-1], grains.data_ptr(), *grains.shape, num_grains,
+            region, capacity, packed.data_ptr(), cu_seqlens.data_ptr(), positions.data_ptr(), grain_ids.data_ptr(),
+            *map(_address, memory), *self.where(values),
+        )  # fmt: skip
+        return packed, cu_seqlens, positions, grain_ids
+
+    def unpack(
+        self,
+        values: Tensor,
+        cu_seqlens: Tensor,
+        positions: Tensor,
+        grain_ids: Tensor,
+        grains: Tensor,
+        num_grains: int,
+        replicate: bool,
+    ) -> Tensor:
+        rows, cu_seqlens = as_rows(values if values.ndim == 2 else values[:, None]), cu_seqlens.contiguous()
+        positions, grain_ids, grains = positions.contiguous(), grain_ids.contiguous(), grains.contiguous()
+        B, Hc, Wc = grains.shape
+        factor = 1 << (num_grains - 1)
+        grid = values.new_empty((B, Hc * factor, Wc * factor, *values.shape[1:]))
+        memory = self.unpack_memory(grains, num_grains)
+        self.extension.unpack(
+            values.element_size(), rows.view, rows.tensor.shape[-1], cu_seqlens.data_ptr(), positions.data_ptr(),
+            grain_ids.data_ptr(), grains.data_ptr(), B, Hc, Wc, num_grains, replicate, grid.data_ptr(),
+            *map(_address, memory), *self.where(values),
+        )  # fmt: skip
+        return grid
+
+    def unpack_backward(
+        self,
+        grad: Tensor,
+        cu_seqlens: Tensor,
+        positions: Tensor,
+        grain_ids: Tensor,
+        grains: Tensor,
+        num_grains: int,
+    ) -> Tensor:
+        rows, cu_seqlens = as_rows(grad if grad.ndim == 4 else grad[..., None]), cu_seqlens.contiguous()
+        positions, grain_ids, grains = positions.contiguous(), grain_ids.contiguous(), grains.contiguous()
+        T = positions.shape[0]
+        grad_values = grad.new_empty((T, *grad.shape[3:]))
+        memory = self.unpack_memory(grains, num_grains)
+        self.extension.unpack_backward(
+            DTYPE[grad.dtype], rows.view, rows.tensor.shape[-1], cu_seqlens.data_ptr(), positions.data_ptr(),
+            grain_ids.data_ptr(), T, grains.data_ptr(), *grains.shape, num_grains, grad_values.data_ptr(),
+            *map(_address, memory), *self.where(grad),
+        )  # fmt: skip
+        return grad_values
+
+    def position_mask(
+        self, positions: Tensor, grain_ids: Tensor, grain: Tensor, Hc: int, Wc: int, num_grains: int, vocab_size: int
+    ) -> Tensor:
+        positions, grain_ids, grain = positions.contiguous(), grain_ids.contiguous(), grain.contiguous()
+        mask = positions.new_empty((positions.shape[0], vocab_size), dtype=torch.bool)
+        self.extension.position_mask(
+            positions.data_ptr(), grain_ids.data_ptr(), grain.data_ptr(), *positions.shape, Hc, Wc, num_grains,
+            vocab_size, mask.data_ptr(), *self.where(positions),
+        )  # fmt: skip
+        return mask
+
+    def grain_entropy(
+        self, images: Tensor, patch_size: int, num_bins: int, sigma: float, lowest: float, highest: float
+    ) -> Tensor:
+        B, _, H, W = images.shape
+        entropy = images.new_empty((B, H // patch_size, W // patch_size), dtype=_accumulator(images))
+        self.extension.grain_entropy(
+            DTYPE[images.dtype], images.data_ptr(), images.shape, images.stride(), patch_size, num_bins, sigma,
+            lowest, highest, entropy.data_ptr(), *self.where(images),
+        )  # fmt: skip
+        return entropy

@@ -1,6 +1,10 @@
 """SIMD kernels of the compiled extension `vqfast._cpu`."""
 
+import torch
+from torch import Tensor
+
 from vqfast.ops.backends.compiled import CompiledKernels
+from vqfast.ops.backends.layout import DTYPE, METRIC
 
 try:
     import vqfast._cpu as _cpu
@@ -23,4 +27,16 @@ def unsupported(op: str, args: tuple) -> str | None:
     return None if op in KERNELS else f"it has no kernel for {op}"
 
 
-KERNELS = CompiledKernels(_cpu).kernels()
+def _nearest_prepare(codebook: Tensor, metric: str) -> Tensor:
+    """Memory that only this process and its instruction set can read."""
+    codebook = codebook.contiguous()
+    K, D = codebook.shape[-2:]
+    heads = codebook.shape[0] if codebook.ndim == 3 else 1
+    prepared = torch.empty(_cpu.nearest_prepare_bytes(heads, D, K), dtype=torch.uint8)
+    _cpu.nearest_prepare(
+        DTYPE[codebook.dtype], METRIC[metric], heads, D, codebook.data_ptr(), K, prepared.data_ptr()
+    )  # fmt: skip
+    return prepared
+
+
+KERNELS = CompiledKernels(_cpu).kernels() | {"nearest_prepare": _nearest_prepare}

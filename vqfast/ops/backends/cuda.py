@@ -56,16 +56,23 @@ class _CudaKernels(CompiledKernels):
     def where(self, tensor: Tensor) -> tuple[int, ...]:
         return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
 
-    def search_memory(self, x: Tensor, codebook: Tensor) -> tuple[Tensor | None, ...]:
-        K, D = codebook.shape
-        size = _cuda.nearest_scratch(x.numel() // D, D, K, x.device.index)
-        # Not counted: how many rows were decided by exact distance.
-        return None, x.new_empty(size, dtype=torch.uint8)
+    def search_memory(self, x: Tensor, codebook: Tensor, reranked: Tensor | None) -> tuple[Tensor | None, ...]:
+        K, D = codebook.shape[-2:]
+        heads = codebook.shape[0] if codebook.ndim == 3 else 1
+        size = _cuda.nearest_scratch(x.numel() // (D * heads), D, K, x.device.index)
+        return reranked, x.new_empty(size, dtype=torch.uint8)
 
     def stats_memory(self, x: Tensor, codebook_size: int) -> tuple[Tensor | None, ...]:
         D = x.shape[-1]
         size = _cuda.codebook_stats_scratch(DTYPE[x.dtype], x.numel() // max(D, 1), D, codebook_size)
         return (x.new_empty(size, dtype=torch.uint8),)
+
+    def pack_memory(self, grains: Tensor, num_grains: int) -> tuple[Tensor | None, ...]:
+        B, Hc, _ = grains.shape
+        return (grains.new_empty(B * num_grains * Hc + B),)
+
+    def unpack_memory(self, grains: Tensor, num_grains: int) -> tuple[Tensor | None, ...]:
+        return (grains.new_empty(grains.numel() * 4 ** (num_grains - 1)),)
 
 
 KERNELS = _CudaKernels(_cuda).kernels()

@@ -7,6 +7,8 @@ from torch import Tensor
 
 # vqfast_dtype of csrc/include/vqfast.h.
 DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# Its vqfast_metric.
+METRIC = {"l2": 0, "dot": 1, "cosine": 2}
 
 
 class Rows(NamedTuple):
@@ -24,7 +26,7 @@ def as_rows(x: Tensor) -> Rows:
     """
     if x.is_contiguous():
         D = x.shape[-1]
-        return Rows(x, (x.data_ptr(), 1, x.numel() // max(D, 1), 0, D, 1))
+        return Rows(x, (x.data_ptr(), 1, x.numel() // (D or 1), 0, D, 1))
     # Merge neighbouring leading dimensions where the outer one's stride is that of the inner one times its size.
     merged: list[list[int]] = []
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
@@ -38,3 +40,21 @@ def as_rows(x: Tensor) -> Rows:
         return as_rows(x.contiguous())
     (batch, stride_batch), (rows, stride_row) = ([[1, 0]] * (2 - len(merged)) + merged)[:2]
     return Rows(x, (x.data_ptr(), batch, rows, stride_batch, stride_row, x.stride(-1)))
+
+
+class Heads(NamedTuple):
+    """`rows` of the first head; the next ones lie `stride` elements further each."""
+
+    rows: Rows
+    count: int
+    stride: int
+
+
+def as_heads(x: Tensor) -> Heads:
+    """(..., H, D) as one (batch, rows, D) view a head, read in place where `as_rows` can."""
+    first = x.select(-2, 0)
+    rows = as_rows(first)
+    if rows.tensor is not first:
+        x = x.contiguous()
+        rows = as_rows(x.select(-2, 0))
+    return Heads(rows, x.shape[-2], x.stride(-2))

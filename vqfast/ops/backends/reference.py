@@ -5,11 +5,15 @@ from torch import Tensor
 
 from vqfast.kernels.codebook_stats.reference import codebook_stats
 from vqfast.kernels.diffusion_loss.reference import diffusion_loss, diffusion_loss_grad
+from vqfast.kernels.grain_entropy.reference import grain_entropy
 from vqfast.kernels.lookup.reference import lookup, lookup_backward
 from vqfast.kernels.nearest.reference import nearest
 from vqfast.kernels.p_sample.reference import p_sample
+from vqfast.kernels.pack.reference import pack
+from vqfast.kernels.position_mask.reference import position_mask
 from vqfast.kernels.posterior.reference import posterior
 from vqfast.kernels.q_sample.reference import q_sample
+from vqfast.kernels.unpack.reference import unpack, unpack_backward
 
 NAME = "reference"
 PRIORITY = 0
@@ -57,8 +61,39 @@ def _scale_rows_(rows: Tensor, scale: Tensor) -> None:
     rows.mul_(scale[..., None])
 
 
+def _nearest(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None = None,
+    prepared: Tensor | None = None,
+    metric: str = "l2",
+    exact: bool = True,
+) -> Tensor:
+    return nearest(x, codebook, mask, metric)
+
+
+def _nearest_counted(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None = None,
+    prepared: Tensor | None = None,
+    metric: str = "l2",
+    exact: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Every row is decided in float64."""
+    indices = nearest(x, codebook, mask, metric)
+    return indices, (indices >= 0).sum()
+
+
+def _nearest_prepare(codebook: Tensor, metric: str) -> Tensor:
+    """Nothing to prepare: every search reads the codebook as it is."""
+    return codebook.new_empty(0, dtype=torch.uint8)
+
+
 KERNELS = {
-    "nearest": nearest,
+    "nearest": _nearest,
+    "nearest_counted": _nearest_counted,
+    "nearest_prepare": _nearest_prepare,
     "lookup": lookup,
     "lookup_backward": lookup_backward,
     "codebook_stats": codebook_stats,
@@ -67,4 +102,9 @@ KERNELS = {
     "diffusion_loss": _diffusion_loss,
     "scale_rows_": _scale_rows_,
     "p_sample": p_sample,
+    "pack": pack,
+    "unpack": unpack,
+    "unpack_backward": unpack_backward,
+    "position_mask": position_mask,
+    "grain_entropy": grain_entropy,
 }

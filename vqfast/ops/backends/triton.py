@@ -51,10 +51,34 @@ def _batches(x: Tensor) -> Tensor:
     return tensor.as_strided((batch, rows, x.shape[-1]), strides)
 
 
-def _nearest(x: Tensor, codebook: Tensor) -> Tensor:
+def _nearest_counted(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None = None,
+    prepared: Tensor | None = None,
+    metric: str = "l2",
+    exact: bool = True,
+) -> tuple[Tensor, Tensor]:
     from vqfast.kernels.nearest.triton import nearest
 
-    return nearest(_batches(x), codebook).view(x.shape[:-1])
+    if codebook.ndim == 3:
+        heads = [
+            _nearest_counted(x.select(-2, h), codebook[h], None if mask is None else mask[..., h], None, metric, exact)
+            for h in range(codebook.shape[0])
+        ]
+        indices, counts = zip(*heads, strict=True)
+        return torch.stack(indices, -1), torch.stack(counts).sum()
+    indices, reranked = nearest(_batches(x), codebook, None if mask is None else mask.reshape(-1), metric, exact)
+    return indices.view(x.shape[:-1]), reranked
+
+
+def _nearest(*args: Any) -> Tensor:
+    return _nearest_counted(*args)[0]
+
+
+def _nearest_prepare(codebook: Tensor, metric: str) -> Tensor:
+    """Nothing: each search centres the codebook as it goes."""
+    return codebook.new_empty(0, dtype=torch.uint8)
 
 
 def _lookup(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,8 +128,48 @@ def _p_sample(logits: Tensor, *rest: Any) -> Tensor:
     return p_sample(logits, *rest)
 
 
+def _pack(values: Tensor, grains: Tensor, region: bool, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from vqfast.kernels.pack.triton import pack
+
+    num_grains = (values.shape[1] // grains.shape[1]).bit_length()
+    rows = values if values.ndim == 4 else values[..., None]
+    packed, *layout = pack(_batches(rows), grains, num_grains, region, capacity)
+    return packed.view(capacity, *values.shape[3:]), *layout
+
+
+def _unpack(values: Tensor, *args: Any) -> Tensor:
+    from vqfast.kernels.unpack.triton import unpack
+
+    grains, num_grains = args[3:5]
+    grid = unpack(values if values.ndim == 2 else values[:, None], *args)
+    (B, Hc, Wc), factor = grains.shape, 2 ** (num_grains - 1)
+    return grid.view(B, Hc * factor, Wc * factor, *values.shape[1:])
+
+
+def _unpack_backward(grad: Tensor, *args: Any) -> Tensor:
+    from vqfast.kernels.unpack.triton import unpack_backward
+
+    return unpack_backward(_batches(grad if grad.ndim == 4 else grad[..., None]), *args).view(
+        args[1].shape[0], *grad.shape[3:]
+    )
+
+
+def _position_mask(*args: Any) -> Tensor:
+    from vqfast.kernels.position_mask.triton import position_mask
+
+    return position_mask(*args)
+
+
+def _grain_entropy(*args: Any) -> Tensor:
+    from vqfast.kernels.grain_entropy.triton import grain_entropy
+
+    return grain_entropy(*args)
+
+
 KERNELS = {
     "nearest": _on_its_device(_nearest),
+    "nearest_counted": _on_its_device(_nearest_counted),
+    "nearest_prepare": _nearest_prepare,
     "lookup": _on_its_device(_lookup),
     "lookup_backward": _on_its_device(_lookup_backward),
     "codebook_stats": _on_its_device(_codebook_stats),
@@ -113,4 +177,9 @@ KERNELS = {
     "diffusion_loss": _on_its_device(_diffusion_loss),
     "scale_rows_": _on_its_device(_scale_rows_),
     "p_sample": _on_its_device(_p_sample),
+    "pack": _on_its_device(_pack),
+    "unpack": _on_its_device(_unpack),
+    "unpack_backward": _on_its_device(_unpack_backward),
+    "position_mask": _on_its_device(_position_mask),
+    "grain_entropy": _on_its_device(_grain_entropy),
 }

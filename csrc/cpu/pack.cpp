@@ -1,0 +1,291 @@
+// Codes of images with several grains: into one sequence an image, back onto the fine grid, and the gradient of that.
+#include <algorithm>
+#include <cstring>
+
+#include "buffer.h"
+#include "convert.h"
+#include "dispatch.h"
+#include "grain_grid.h"
+#include "vqfast.h"
+
+namespace vqfast {
+namespace {
+
+constexpr int kMostGrains = 32;
+
+// Vectors of elements that are copied, never computed with.
+template <class T>
+struct Vectors {
+  const T *data;
+  int64_t rows, stride_batch, stride_row, stride_feature, D;
+
+  Vectors(const vqfast_rows &view, int64_t D)
+      : data((const T *)view.data),
+        rows(view.batch == 1 ? INT64_MAX : view.rows),
+        stride_batch(view.stride_batch),
+        stride_row(view.stride_row),
+        stride_feature(view.stride_feature),
+        D(D) {}
+
+  const T *row(int64_t n) const {
+    const int64_t b = n < rows ? 0 : n / rows;
+    return data + b * stride_batch + (n - b * rows) * stride_row;
+  }
+  void copy(int64_t n, T *to) const { copy(row(n), to); }
+  void copy(const T *from, T *to) const {
+    if (stride_feature == 1)
+      std::memcpy(to, from, D * sizeof(T));
+    else
+      for (int64_t d = 0; d < D; ++d) to[d] = from[d * stride_feature];
+  }
+};
+
+// Calls body with a null pointer of an unsigned type of that size; false for another size.
+template <class Body>
+bool with_bytes(int64_t bytes, Body body) {
+  switch (bytes) {
+    case 2: body((uint16_t *)nullptr); return true;
+    case 4: body((uint32_t *)nullptr); return true;
+    case 8: body((uint64_t *)nullptr); return true;
+  }
+  return false;
+}
+
+template <class T>
+struct Sequence {
+  GrainGrid grid;
+  Vectors<T> values;
+  int64_t capacity;
+  T *packed;
+  int64_t *positions, *grain_ids;
+
+  // The tokens of a row of codes of cells columns[0..n-1], from token `token` on; returns the next.
+  int64_t write_row(int64_t first, int grain, int64_t y, const int64_t *columns, int64_t n, int64_t token) const {
+    const int shift = grid.shift(grain);
+    // A row of the fine grid lies in one batch of the view. In locals, for what is written may not be what is read.
+    const T *row = values.row(first + (y << shift) * grid.width());
+    const int64_t edge = (int64_t)1 << grain, step = values.stride_row << shift, D = values.D, end = capacity;
+    const int64_t position = y * (grid.cells_x << grain);
+    T *const to = packed;
+    int64_t *const to_position = positions, *const to_grain = grain_ids;
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t x = columns[i] << grain, after = x + edge; x < after; ++x, ++token) {
+        if (token >= end) return token;
+        if (D == 1)
+          to[token] = row[x * step];
+        else
+          values.copy(row + x * step, to + token * D);
+        to_position[token] = position + x;
+        to_grain[token] = grain;
+      }
+    return token;
+  }
+
+  // The tokens of an image, from token `token` on. columns: scratch for a row of cells.
+  void write(int64_t image, const int64_t *map, bool region, int64_t token, int64_t *columns) const {
+    const int64_t first = image * grid.positions();
+    for (int g = 0; g < grid.grains; ++g)
+      for (int64_t cy = 0; cy < grid.cells_y; ++cy) {
+        // Without a branch: which cells have this grain is as good as random.
+        int64_t n = 0;
+        for (int64_t cx = 0; cx < grid.cells_x; ++cx) {
+          columns[n] = cx;
+          n += grid.clamped(map[cy * grid.cells_x + cx]) == g;
+        }
+        const int64_t together = region ? 1 : n;
+        for (int64_t k = 0; k < n; k += together)
+          for (int64_t y = cy << g; y < (cy + 1) << g; ++y)
+            token = write_row(first, g, y, columns + k, together, token);
+      }
+  }
+};
+
+// The token whose value each position's code has, or -1, at the top left of what it covers; others are left as they are.
+void fill_slots(const GrainGrid grid, const int64_t *map, int64_t begin, int64_t end, const int64_t *positions,
+                const int64_t *grain_ids, int64_t *slots) {
+  std::fill(slots, slots + grid.positions(), -1);
+  // A product in place of a division, which takes ten times as long; what its rounding may do is undone.
+  double row_of[kMostGrains];
+  for (int g = 0; g < grid.grains; ++g) row_of[g] = 1 / (double)(grid.cells_x << g);
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t position = positions[t], g = grain_ids[t];
+    if (!grid.in_range(position, g)) continue;
+    const int64_t columns = grid.cells_x << g;
+    int64_t y = (int64_t)((double)position * row_of[g]), x = position - y * columns;
+    const int64_t off = (x >= columns) - (x < 0);
+    y += off;
+    x -= off * columns;
+    if (map[(y >> g) * grid.cells_x + (x >> g)] != g) continue;
+    const int shift = grid.shift((int)g);
+    slots[(y << shift) * grid.width() + (x << shift)] = t;
+  }
+}
+
+int64_t token_bound(const int32_t *cu_seqlens, int64_t image, int64_t T) {
+  return std::clamp<int64_t>(cu_seqlens[image], 0, T);
+}
+
+// grid by value, here and above: what is written might else be its members.
+template <class T>
+void write_grid(const GrainGrid grid, const int64_t *map, const int64_t *slots, const Vectors<T> values,
+                bool replicate, T *out) {
+  const int64_t D = values.D, width = grid.width(), factor = grid.factor();
+  for (int64_t y = 0; y < grid.height(); ++y) {
+    const int64_t *row_map = map + (y >> (grid.grains - 1)) * grid.cells_x;
+    for (int64_t cx = 0; cx < grid.cells_x; ++cx, out += factor * D) {
+      const int shift = grid.shift(grid.clamped(row_map[cx]));
+      const int64_t top = y >> shift << shift, left = cx * factor;
+      const int64_t *row = slots + top * width + left;
+      const int64_t square = ((int64_t)1 << shift) - 1;
+      if (D == 1) {
+        for (int64_t x = 0; x < factor; ++x) {
+          const int64_t slot = row[x & ~square];
+          const bool there = slot >= 0 && (replicate || (top == y && !(x & square)));
+          out[x] = there ? values.data[slot * values.stride_row] : (T)0;
+        }
+        continue;
+      }
+      for (int64_t x = 0; x < factor; ++x) {
+        const int64_t slot = row[x & ~square];
+        if (slot >= 0 && (replicate || (top == y && !(x & square))))
+          values.copy(values.data + slot * values.stride_row, out + x * D);
+        else
+          std::memset(out + x * D, 0, D * sizeof(T));
+      }
+    }
+  }
+}
+
+// Sums over the squares of an image's tokens that are in `slots`.
+template <class T>
+void sum_squares(const GrainGrid &grid, int64_t image, int64_t begin, int64_t end, const int64_t *positions,
+                 const int64_t *grain_ids, const int64_t *map, const int64_t *slots, const Vectors<T> &grad, T *out) {
+  const int64_t D = grad.D;
+  for (int64_t t = begin; t < end; ++t) {
+    int64_t y, x;
+    T *sum = out + t * D;
+    const bool there = grid.place(map, positions[t], grain_ids[t], y, x);
+    const int shift = there ? grid.shift((int)grain_ids[t]) : 0;
+    const int64_t corner = there ? (y << shift) * grid.width() + (x << shift) : 0;
+    if (!there || slots[corner] != t) {
+      std::memset((void *)sum, 0, D * sizeof(T));
+      continue;
+    }
+    const int64_t first = image * grid.positions() + corner, edge = (int64_t)1 << shift;
+    if (edge == 1) {
+      grad.copy(first, sum);
+      continue;
+    }
+    // A few features at a time, each in the order of its square's rows.
+    constexpr int64_t kFeatures = 64;
+    for (int64_t d = 0; d < D; d += kFeatures) {
+      const int64_t n = std::min(kFeatures, D - d);
+      decltype(widen(T())) total[kFeatures] = {};
+      for (int64_t dy = 0; dy < edge; ++dy)
+        for (int64_t dx = 0; dx < edge; ++dx) {
+          const T *row = grad.row(first + dy * grid.width() + dx) + d * grad.stride_feature;
+          if (grad.stride_feature == 1)
+            for (int64_t i = 0; i < n; ++i) total[i] += widen(row[i]);
+          else
+            for (int64_t i = 0; i < n; ++i) total[i] += widen(row[i * grad.stride_feature]);
+        }
+      for (int64_t i = 0; i < n; ++i) narrow(total[i], sum[d + i]);
+    }
+  }
+}
+
+// Calls body(image, begin, end, slots) for each image, its tokens and their places.
+template <class Body>
+int with_slots(const GrainGrid &grid, int64_t T, int64_t D, const int32_t *cu_seqlens, const int64_t *positions,
+               const int64_t *grain_ids, const int64_t *grains, Body body) {
+  bool enough = true;
+#pragma omp parallel reduction(&& : enough) if (grid.images * grid.positions() * D > kParallelElements)
+  {
+    Buffer<int64_t> slots = buffer<int64_t>(grid.positions());
+    enough = slots != nullptr;
+#pragma omp for schedule(dynamic)
+    for (int64_t b = 0; b < grid.images; ++b) {
+      if (!slots) continue;
+      const int64_t begin = token_bound(cu_seqlens, b, T), end = token_bound(cu_seqlens, b + 1, T);
+      fill_slots(grid, grains + b * grid.cells(), begin, end, positions, grain_ids, slots.get());
+      body(b, begin, end, slots.get());
+    }
+  }
+  return enough ? VQFAST_OK : VQFAST_OUT_OF_MEMORY;
+}
+
+}  // namespace
+}  // namespace vqfast
+
+using namespace vqfast;
+
+extern "C" int vqfast_cpu_pack(int64_t element_bytes, vqfast_rows values, int64_t D, const int64_t *grains, int64_t B,
+                               int64_t Hc, int64_t Wc, int64_t num_grains, int64_t region, int64_t capacity,
+                               void *packed, int32_t *cu_seqlens, int64_t *positions, int64_t *grain_ids) {
+  const GrainGrid grid = {B, Hc, Wc, (int)num_grains};
+  cu_seqlens[0] = 0;
+  for (int64_t b = 0, total = 0; b < B; ++b) {
+    for (int64_t i = 0; i < grid.cells(); ++i)
+      total += (int64_t)1 << 2 * grid.clamped(grains[b * grid.cells() + i]);
+    cu_seqlens[b + 1] = (int32_t)std::min(total, capacity);
+  }
+  bool enough = true;
+  const bool known = with_bytes(element_bytes, [&](auto *type) {
+    typedef std::remove_pointer_t<decltype(type)> T;
+    const Sequence<T> sequence = {grid, Vectors<T>(values, D), capacity, (T *)packed, positions, grain_ids};
+#pragma omp parallel reduction(&& : enough) if (B * grid.positions() * D > kParallelElements)
+    {
+      Buffer<int64_t> columns = buffer<int64_t>(Wc);
+      enough = columns != nullptr;
+#pragma omp for schedule(dynamic)
+      for (int64_t b = 0; b < B; ++b)
+        if (columns) sequence.write(b, grains + b * grid.cells(), region != 0, cu_seqlens[b], columns.get());
+    }
+    const int64_t used = cu_seqlens[B];
+    std::memset((T *)packed + used * D, 0, (capacity - used) * D * sizeof(T));
+    std::fill(positions + used, positions + capacity, -1);
+    std::fill(grain_ids + used, grain_ids + capacity, -1);
+  });
+  if (!known) return VQFAST_BAD_DTYPE;
+  return enough ? VQFAST_OK : VQFAST_OUT_OF_MEMORY;
+}
+
+extern "C" int vqfast_cpu_unpack(int64_t element_bytes, vqfast_rows packed, int64_t D, const int32_t *cu_seqlens,
+                                 const int64_t *positions, const int64_t *grain_ids, const int64_t *grains, int64_t B,
+                                 int64_t Hc, int64_t Wc, int64_t num_grains, int64_t replicate, void *out) {
+  const GrainGrid grid = {B, Hc, Wc, (int)num_grains};
+  int code = VQFAST_OK;
+  const bool known = with_bytes(element_bytes, [&](auto *type) {
+    typedef std::remove_pointer_t<decltype(type)> T;
+    const Vectors<T> values(packed, D);
+    code = with_slots(grid, packed.batch * packed.rows, D, cu_seqlens, positions, grain_ids, grains,
+                      [&](int64_t b, int64_t, int64_t, const int64_t *slots) {
+                        write_grid(grid, grains + b * grid.cells(), slots, values, replicate != 0,
+                                   (T *)out + b * grid.positions() * D);
+                      });
+  });
+  return known ? code : (int)VQFAST_BAD_DTYPE;
+}
+
+extern "C" int vqfast_cpu_unpack_backward(vqfast_dtype dtype, vqfast_rows grad, int64_t D, const int32_t *cu_seqlens,
+                                          const int64_t *positions, const int64_t *grain_ids, int64_t T,
+                                          const int64_t *grains, int64_t B, int64_t Hc, int64_t Wc, int64_t num_grains,
+                                          void *grad_packed) {
+  const GrainGrid grid = {B, Hc, Wc, (int)num_grains};
+  int code = VQFAST_OK;
+  const bool known = with_element(dtype, [&](auto *type) {
+    typedef std::remove_const_t<std::remove_pointer_t<decltype(type)>> Element;
+    Element *out = (Element *)grad_packed;
+    const Vectors<Element> rows(grad, D);
+    code = with_slots(grid, T, D, cu_seqlens, positions, grain_ids, grains,
+                      [&](int64_t b, int64_t begin, int64_t end, const int64_t *slots) {
+                        sum_squares(grid, b, begin, end, positions, grain_ids, grains + b * grid.cells(), slots, rows,
+                                    out);
+                      });
+    // Tokens of no image.
+    const int64_t first = B ? token_bound(cu_seqlens, 0, T) : 0, last = B ? token_bound(cu_seqlens, B, T) : 0;
+    std::memset((void *)out, 0, first * D * sizeof(Element));
+    std::memset((void *)(out + last * D), 0, (T - last) * D * sizeof(Element));
+  });
+  return known ? code : (int)VQFAST_BAD_DTYPE;
+}

@@ -1,0 +1,2 @@
+class UsageError(ValueError):
+    """Arguments that do not parse."""

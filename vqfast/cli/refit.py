@@ -1,0 +1,130 @@
+"""`vqfast refit` and `vqfast prune`: codebooks in which codes are dead, rebuilt or cut."""
+
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from tyro.conf import Positional
+
+from vqfast.cli.generate import measure
+from vqfast.cli.train_vqgan import load_lpips
+from vqfast.cli.training import check_channels, describe, encode, open_square, pick_device, start, train_on_images
+from vqfast.data import ImageBatches, ImageData, open_dataset
+from vqfast.models.autoencoder import Autoencoder
+from vqfast.models.refit import GENERATOR_WEIGHT, collect_vectors, prune_codebook, rebuild_codebook
+from vqfast.models.registry import kind_of
+from vqfast.models.vqgan import VQGAN
+from vqfast.train import RunError, TrainConfig, check_new, create_run, load_autoencoder
+from vqfast.train.checkpoint import WEIGHTS, newest_checkpoint, save_checkpoint
+from vqfast.train.runs import write_json
+
+FIGURES_FILE = "refit.json"
+BATCH = 64
+
+
+@dataclass
+class Refit:
+    """Rebuild the codebook of a trained model so that all codes are used, and fine-tune its decoder (ReFiT)."""
+
+    run: Positional[Path]
+    """Run of a VQ-VAE or VQGAN; stays as it is."""
+    data: str
+    """Images to fit to: see vqfast train vqvae."""
+    out: Path
+    """Folder of the new run, which also gets refit.json: the figures before, after the rebuild, and at the end."""
+    codebook_size: int | None = None
+    """Codes of the new codebook. Default: as many as now."""
+    vectors: int = 20_000
+    """Vectors to cluster, each of an image and a grid cell drawn at random; many more than codes."""
+    iters: int = 100
+    """Iterations of k-means."""
+    disc_weight: float = GENERATOR_WEIGHT
+    """VQGAN: fixed weight of the generator's loss."""
+    lpips: tuple[Path, ...] = ()
+    """VQGAN: see vqfast train vqgan."""
+    resume: bool = False
+    """Go on where the run in --out stopped: the same command with this added."""
+    training: TrainConfig = field(default_factory=lambda: TrainConfig(lr=2e-6, beta1=0.5, beta2=0.9, weight_decay=0.0))
+
+    def execute(self) -> None:
+        processes = start(self)
+        perceptual = load_lpips(self.lpips)
+        model = load_autoencoder(self.run, pick_device(self.training.device))
+        data = open_square(self, model.config.image_size)
+        check_channels(data, model)
+        size = self.codebook_size or model.config.codebook_size
+        if self.vectors < size:
+            raise RunError(f"--vectors: expected many more than the {size} codes, got {self.vectors}")
+        figures = {"before": measure(model, data, "held-out")[0]}
+        rebuilt = self._rebuild(model, data, size)
+        figures["rebuilt"] = measure(rebuilt, data, "held-out")[0]
+        if isinstance(rebuilt, VQGAN):
+            rebuilt.perceptual = perceptual
+
+        refit = {"vectors": self.vectors, "iters": self.iters, "weights": _checksum(self.run)}
+        tuned = train_on_images(self, "refit", rebuilt, data, processes, {"refit": refit})
+        figures["after"] = measure(tuned, data, "held-out")[0]
+        if processes.is_main_process:
+            write_json(self.out / FIGURES_FILE, figures)
+            for when, found in figures.items():
+                print(f"{when:>8}: {_line(found)}")
+
+    def _rebuild(self, model: Autoencoder, data: ImageData, size: int) -> Autoencoder:
+        """The model with a new codebook: the same in every process, which all do the same."""
+        device = next(model.parameters()).device
+        images = ImageBatches(data)
+        drawn = np.random.default_rng(self.training.seed).integers(len(images), size=self.vectors)
+        batches = tqdm(np.array_split(drawn, -(-self.vectors // BATCH)), desc="collecting vectors", leave=False)
+        cells = torch.Generator().manual_seed(self.training.seed)
+        vectors = collect_vectors(model, (images[b]["image"].to(device) for b in batches), generator=cells)
+        start = torch.Generator(device).manual_seed(self.training.seed)
+        return rebuild_codebook(
+            model, vectors, size, iters=self.iters, generator_weight=self.disc_weight, generator=start
+        )
+
+
+@dataclass
+class Prune:
+    """Cut the codes that no image uses out of a trained model's codebook."""
+
+    run: Positional[Path]
+    """Run of a VQ-VAE or VQGAN; stays as it is."""
+    data: str
+    """Images whose codes to keep: see vqfast train vqvae."""
+    out: Path
+    """Folder of the new run, which also gets kept_codes.npy: the old index of each new code."""
+    split: Literal["train", "held-out", "all"] = "all"
+    """Which images."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes a GPU where there is one."""
+
+    def execute(self) -> None:
+        check_new(self.out)
+        model = load_autoencoder(self.run, pick_device(self.device))
+        data = open_dataset(self.data, image_size=model.config.image_size)
+        check_channels(data, model)
+        codes = encode(model, data, self.split)
+        size = model.config.codebook_size
+        pruned, kept = prune_codebook(model, torch.bincount(codes.flatten(), minlength=size))
+
+        info: dict[str, Any] = {"model": asdict(pruned.config), "data": describe(data)}
+        pruning = {"split": self.split, "codes": size, "weights": _checksum(self.run)}
+        create_run(self.out, kind_of(pruned), info | {"prune": pruning})
+        save_checkpoint(self.out, 0, pruned, pruned.state_dict(), {}, {})
+        np.save(self.out / "kept_codes.npy", kept.cpu().numpy())
+        print(f"{self.out}: kept {len(kept)} of {size} codes; {len(codes)} images have the same ones as before")
+
+
+def _checksum(run: Path) -> int:
+    return zlib.crc32((newest_checkpoint(run).path / WEIGHTS).read_bytes())
+
+
+def _line(found: dict[str, Any]) -> str:
+    return (
+        f"{found['codebook_size']} codes, {found['codebook_usage_10']:.1%} of them used 10 times or more by "
+        f"{found['images']} held-out images, PSNR {found['psnr_db']:.2f} dB"
+    )

@@ -1,0 +1,71 @@
+"""Is generation coarse to fine better or faster than raster order, at equal parameters and equal training time?
+
+What DQ-Transformer claims (Huang et al. 2023), on the codes of one DQ-VAE: the DQ-Transformer draws each code once;
+the raster-order GPT draws the finest grid, on which a coarse code stands four (sixteen) times.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vqfast.data import CodeBatches, ShuffledSteps
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a model reached.
+
+    parameters: number of them. steps: training steps in its time. tokens: of an image, on average.
+    seconds_per_image: of sampling, a batch at a time. frechet: distance to held-out images, smaller is better.
+    """
+
+    name: str
+    parameters: int
+    steps: int
+    tokens: float
+    seconds_per_image: float
+    frechet: float
+
+
+def fit_for(
+    model: nn.Module,
+    codes: CodeBatches,
+    seconds: float,
+    *,
+    batch_size: int,
+    lr: float,
+    seed: int = 0,
+    report: Callable[[float], None] = lambda seconds: None,
+) -> int:
+    """Train a model with AdamW for a time; the learning rate falls to 0 along half a cosine of the time.
+
+    Args:
+        model: with `training_step(batch, step)`; left in eval mode.
+        codes: what to train on.
+        seconds: when to stop; at least one step is taken.
+        report: told after each step how many seconds it took.
+
+    Returns:
+        Steps taken.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    start = before = time.perf_counter()
+    model.train()
+    for step, positions in enumerate(ShuffledSteps(len(codes), batch_size, range(2**40), seed)):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * (before - start) / seconds))
+        optimizer.zero_grad()
+        model.training_step(codes[positions], step)["loss"].backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        now = time.perf_counter()
+        report(now - before)
+        before = now
+        if now - start >= seconds:
+            break
+    model.eval()
+    return step + 1

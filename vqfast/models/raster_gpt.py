@@ -1,0 +1,162 @@
+"""The autoregressive baseline: a GPT over the codes of an image, row by row (Esser et al. 2021, VQGAN)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqfast.models.conditioning import ClassEmbedding, batch_labels, check_guidance, flat_codes, sampling_labels
+from vqfast.models.drawing import batches, evaluating, token_steps
+from vqfast.nn.attention import CausalTransformer, KVCache, init_weights
+from vqfast.nn.sampling_filters import DrawOptions, draw, guide
+
+
+@dataclass
+class RasterGPTConfig:
+    """Everything that makes a RasterGPT; the defaults have the size of the DQ-Transformer's base model.
+
+    codebook_size: K of the auto-encoder. grid: (H, W) of its codes.
+    dim, depth, heads: of the transformer.
+    dropout: of embeddings, and of what attention and MLP add.
+    num_classes: None for an unconditional model. class_dropout: share of labels dropped in training, which guidance
+        and samples without a class need.
+    """
+
+    codebook_size: int = 1024
+    grid: tuple[int, int] = (16, 16)
+    dim: int = 1024
+    depth: int = 24
+    heads: int = 8
+    dropout: float = 0.1
+    num_classes: int | None = None
+    class_dropout: float = 0.1
+
+    def __post_init__(self):
+        self.grid = tuple(self.grid)  # JSON has lists only
+        if len(self.grid) != 2 or min(self.grid) < 1:
+            raise ValueError(f"grid: expected two positive numbers (H, W), got {self.grid}")
+        if self.codebook_size < 1:
+            raise ValueError(f"codebook_size: expected at least 1, got {self.codebook_size}")
+
+
+class RasterGPT(nn.Module):
+    """A generative model of grids of codes: each is predicted from those above it and to its left in its row.
+
+    Batches are mappings: "codes", (B, H, W) or (B, L) int64; with classes also "label", (B,) int64.
+
+    Args:
+        config: the model's make.
+    """
+
+    def __init__(self, config: RasterGPTConfig):
+        super().__init__()
+        self.config = c = config
+        self.code_embedding = nn.Embedding(c.codebook_size, c.dim)
+        self.index_embedding = nn.Embedding(c.grid[0] * c.grid[1], c.dim)
+        # What stands before the first code.
+        if c.num_classes is None:
+            self.start = nn.Embedding(1, c.dim)
+        else:
+            self.start = ClassEmbedding(c.num_classes, c.dim, c.class_dropout)
+        self.dropout = nn.Dropout(c.dropout)
+        self.stack = CausalTransformer(c.dim, c.depth, c.heads, c.dropout)
+        self.head = nn.Sequential(nn.LayerNorm(c.dim), nn.Linear(c.dim, c.codebook_size, bias=False))
+        self.apply(init_weights)
+
+    @property
+    def device(self) -> torch.device:
+        return self.code_embedding.weight.device
+
+    def forward(self, codes: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits of every code given those before it.
+
+        Args:
+            codes: (B, H, W) or (B, L) int64.
+            labels: (B,) int64 classes, -1 or None for no class.
+
+        Returns:
+            (B, L, K).
+        """
+        codes = flat_codes("codes", codes, self.config.grid)
+        x = torch.cat([self._start(labels, len(codes))[:, None], self.code_embedding(codes[:, :-1])], dim=1)
+        return self.head(self.stack(self.dropout(x + self.index_embedding.weight)))
+
+    def _start(self, labels: Tensor | None, batch: int) -> Tensor:
+        """(batch, dim)."""
+        if self.config.num_classes is None:
+            return self.start.weight.expand(batch, -1)
+        return self.start(labels, batch)
+
+    def training_step(self, batch: Mapping[str, Tensor], step: int = 0) -> dict[str, Tensor]:
+        """Cross-entropy of one batch in nats per code, as "loss", and in bits, as "bits_per_dim", without gradient.
+
+        Raises:
+            TypeError, ValueError: codes that are not on the grid, or labels that are missing or out of range.
+        """
+        codes = flat_codes('batch["codes"]', batch["codes"], self.config.grid)
+        logits = self(codes, batch_labels(batch, self.config.num_classes))
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
+        return {"loss": loss, "bits_per_dim": loss.detach() / math.log(2)}
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        labels: Tensor | int | None = None,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float = 1.0,
+        batch_size: int | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Draw n grids of codes, one code a step, with a cache of keys and values.
+
+        Args:
+            n: how many, at least 1.
+            labels: (n,) int64 classes, or one class for all; None draws without a class.
+            temperature, top_k, top_p: see `vqfast.nn.sampling_filters.draw`.
+            guidance_scale: strength of classifier-free guidance; 1 is none.
+            batch_size: grids at a time; None takes all n at once.
+            generator: source of the random numbers.
+            progress: show a bar.
+
+        Returns:
+            (n, H, W) int64.
+
+        Raises:
+            TypeError, ValueError: labels missing, not wanted or out of range; guidance of a model trained without
+                class_dropout; filters out of range.
+        """
+        c = self.config
+        parts = batches(n, batch_size)
+        check_guidance(guidance_scale, c.num_classes, c.class_dropout)
+        options = DrawOptions(temperature, top_k, top_p)
+        labels = sampling_labels(labels, n, c.num_classes, c.class_dropout, self.device)
+        drawn = []
+        with evaluating(self):
+            for rows in parts:
+                size = rows.stop - rows.start
+                x = self._start(None if labels is None else labels[rows], size)
+                if guidance_scale != 1.0:
+                    x = torch.cat([x, self._start(None, size)])
+                drawn.append(self._draw(x, options, guidance_scale, generator, progress))
+        return torch.cat(drawn).view(n, *c.grid)
+
+    def _draw(self, x: Tensor, options: DrawOptions, guidance_scale: float, generator, progress: bool) -> Tensor:
+        """(B, L) codes after starts x, (B, dim), or with guidance (2 B, dim)."""
+        L = len(self.index_embedding.weight)
+        cache, codes = KVCache(self.stack, len(x), L), []
+        for index in token_steps(L, progress):
+            hidden = self.stack.step(x + self.index_embedding.weight[index], cache)
+            code = draw(guide(self.head(hidden), guidance_scale), options, generator)
+            codes.append(code)
+            x = self.code_embedding(code)
+            if guidance_scale != 1.0:
+                x = torch.cat([x, x])
+        return torch.stack(codes, dim=1)

@@ -1,0 +1,69 @@
+"""Which batch and which random numbers each step gets: by its place alone, so that nothing has to be remembered."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vqfast.data import ShuffledSteps
+from vqfast.train.config import TrainConfig
+from vqfast.train.evaluation import to_device
+
+
+class Feed:
+    """Batches of one process among `processes`, `accumulation` of them a step.
+
+    Args:
+        dataset: indexed by an array of positions, gives a batch of tensors.
+        config: how to train.
+        rank, processes: which process this is, of how many.
+        device: where batches go.
+    """
+
+    def __init__(self, dataset: Dataset, config: TrainConfig, rank: int, processes: int, device: torch.device):
+        self._dataset, self._config = dataset, config
+        self._rank, self._processes, self._device = rank, processes, device
+
+    def images(self, steps: int) -> int:
+        """How many images all processes take in so many steps."""
+        return steps * self._config.batch_size * self._config.accumulation * self._processes
+
+    def steps(self, start: int) -> Iterator[list[dict[str, Tensor]]]:
+        """The batches of each step from `start` on."""
+        loader = DataLoader(
+            self._dataset,
+            sampler=self._places(start, self._config.steps, self._rank),
+            batch_size=None,
+            num_workers=self._config.workers,
+            pin_memory=self._device.type == "cuda",
+            # Of its own: it would draw from the global one.
+            generator=torch.Generator(),
+        )
+        batches = iter(loader)
+        for _ in range(start, self._config.steps):
+            yield [to_device(next(batches), self._device) for _ in range(self._config.accumulation)]
+
+    def noise_seed(self, step: int, number: int, part: int) -> int:
+        """Seed of the random numbers of a part's pass over batch `number` of a step.
+
+        Two processes of one batch each draw what one process of two batches draws.
+        """
+        place = (step * self._config.accumulation + number) * self._processes + self._rank
+        return int(np.random.SeedSequence((self._config.seed, place, part)).generate_state(1, np.uint64)[0] >> 1)
+
+    def positions(self, step: int) -> np.ndarray:
+        """Positions in the dataset of all images of a step, those of the other processes too."""
+        return np.concatenate([p for rank in range(self._processes) for p in self._places(step, step + 1, rank)])
+
+    def _places(self, first: int, last: int, rank: int) -> ShuffledSteps:
+        A = self._config.accumulation
+        return ShuffledSteps(
+            len(self._dataset),
+            self._config.batch_size,
+            range(first * A, last * A),
+            self._config.seed,
+            rank,
+            self._processes,
+        )

@@ -21,7 +21,7 @@ KERNELS = {
     "dynamic_quantize_step": ("nearest", "lookup", "codebook_stats", "pack", "unpack"),
 }
 
-# First words of file names in csrc/cpu and csrc/cuda that belong to some ops only; every other file counts for all.
+# First words of file names in csrc that belong to some ops only; every other file counts for all.
 _FAMILIES = {
     "nearest": {"nearest"},
     "lookup": {"codebook", "lookup"},
@@ -29,7 +29,7 @@ _FAMILIES = {
     "q_sample": {"diffusion", "sampling"},
     "posterior": {"diffusion"},
     "diffusion_loss": {"diffusion"},
-    "p_sample": {"diffusion", "sampling"},
+    "p_sample": {"diffusion", "sampling", "truncate"},
     "pack": {"pack", "packing"},
     "unpack": {"pack", "packing"},
     "position_mask": {"position", "packing"},
@@ -52,12 +52,12 @@ def source_files(contender: str, op: str, root: Path = ROOT) -> list[Path]:
         shared = "philox_triton.py" if what == "triton" else "philox.py"
         return [root / "kernels" / shared] + [root / "kernels" / op / f"{what}.py" for op in kernels]
     mine = set().union(*(_FAMILIES[op] for op in kernels))
-    folder = _FOLDER[contender]
-    files = [f for f in (root / "csrc" / "include").glob("*") if f.is_file()]
-    for file in (root / "csrc" / folder).glob("*"):
-        word = file.stem.split("_")[0]
-        if file.is_file() and (word not in _PARTICULAR or word in mine):
-            files.append(file)
+    files = []
+    for folder in ("include", _FOLDER[contender]):
+        for file in (root / "csrc" / folder).glob("*"):
+            word = file.stem.split("_")[0]
+            if file.is_file() and (word not in _PARTICULAR or word in mine):
+                files.append(file)
     return sorted(files)
 
 

@@ -72,10 +72,10 @@ void codebook_stats(int dtype, const py::tuple &x, int64_t D, uintptr_t indices,
                                   pointer<const void>(weights), K, pointer<void>(counts), pointer<void>(sums)));
 }
 
-// A family's tables: address of the levels, T, columns, address of the noise or 0.
+// A family's tables: address of the levels, T, columns, addresses of the noise and of its running sum, or 0.
 vqfast_levels levels_of(const py::tuple &tables) {
   return {pointer<const double>(tables[0].cast<uintptr_t>()), tables[1].cast<int64_t>(), tables[2].cast<int64_t>(),
-          pointer<const double>(tables[3].cast<uintptr_t>())};
+          pointer<const double>(tables[3].cast<uintptr_t>()), pointer<const double>(tables[4].cast<uintptr_t>())};
 }
 
 void q_sample(uintptr_t x0, uintptr_t t, const py::tuple &tables, int64_t B, int64_t L, int64_t K, uintptr_t key,

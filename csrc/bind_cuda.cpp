@@ -95,10 +95,10 @@ void codebook_stats(int dtype, const py::tuple &x, int64_t D, uintptr_t indices,
                                    pointer<void>(scratch), device, pointer<void>(stream)));
 }
 
-// A family's tables: address of the levels, T, columns, address of the noise or 0.
+// A family's tables: address of the levels, T, columns, addresses of the noise and of its running sum, or 0.
 vqfast_levels levels_of(const py::tuple &tables) {
   return {pointer<const double>(tables[0].cast<uintptr_t>()), tables[1].cast<int64_t>(), tables[2].cast<int64_t>(),
-          pointer<const double>(tables[3].cast<uintptr_t>())};
+          pointer<const double>(tables[3].cast<uintptr_t>()), pointer<const double>(tables[4].cast<uintptr_t>())};
 }
 
 void q_sample(uintptr_t x0, uintptr_t t, const py::tuple &tables, int64_t B, int64_t L, int64_t K, uintptr_t key,
@@ -126,7 +126,8 @@ void scale_rows(int dtype, uintptr_t rows, int64_t R, int64_t K, uintptr_t scale
 
 void p_sample(int dtype, uintptr_t logits, uintptr_t unconditional, uintptr_t x_t, uintptr_t t, uintptr_t s,
               const py::tuple &tables, int64_t B, int64_t L, int64_t K, uintptr_t known, bool marginal,
-              double temperature, double guidance, int64_t top_k, double top_p, uintptr_t key, uintptr_t x_s, int device, uintptr_t stream) {
+              double temperature, double guidance, int64_t top_k, double top_p, uintptr_t key, uintptr_t x_s,
+              int device, uintptr_t stream) {
   const vqfast_levels levels = levels_of(tables);
   check(vqfast_cuda_p_sample((vqfast_dtype)dtype, pointer<const void>(logits), pointer<const void>(unconditional),
                             pointer<const int64_t>(x_t), pointer<const int64_t>(t), pointer<const int64_t>(s), levels,

@@ -17,8 +17,6 @@ class Spec:
     `inputs(shape, dtype, device, seed)` returns the positional arguments of `torch.ops.vqfast.<op>`.
     `check(got, args)` raises AssertionError where `got` differs from the float64 reference by more than the
     op's documented tolerance; tests call it on every backend, benchmarks call it before they time one.
-    Every backend that has a kernel for the op takes `test_shapes`; `further_shapes` only those whose `unsupported`
-    does not say otherwise.
     """
 
     op: str
@@ -29,7 +27,6 @@ class Spec:
     bench_shapes: tuple[Shape, ...]
     bytes_moved: Callable[[Shape, torch.dtype], int]
     flops: Callable[[Shape], int]
-    further_shapes: tuple[Shape, ...] = ()
     dtypes: tuple[torch.dtype, ...] = field(default=(torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 

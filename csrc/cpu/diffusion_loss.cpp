@@ -8,6 +8,7 @@
 #include "buffer.h"
 #include "convert.h"
 #include "diffusion_chain.h"
+#include "diffusion_divergence.h"
 #include "dispatch.h"
 #include "score_passes.h"
 #include "vqfast.h"
@@ -30,86 +31,6 @@ void prefer_large_pages([[maybe_unused]] void *data, [[maybe_unused]] int64_t by
   const uintptr_t end = ((uintptr_t)data + bytes) / page * page;
   if (begin < end) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
 #endif
-}
-
-// What is predicted of x_0: its log-probability, p, and 1 - p, neither a rounded difference of the other.
-struct Target {
-  double log_p, p, missed;
-};
-
-// What the loss needs of the logits of one token.
-struct Prediction {
-  Target x0;
-  double p_t;        // of x_t, 0 where x_t is x_0 or the mask state
-  double noise_0, noise_t;  // of x_0 and of x_t in x_s
-  double logs;       // sum over all codes but x_0 of noise (log(1 + r) - r), r = signal p / noise
-  double curvature;  // the same of noise (r - r / (1 + r))
-};
-
-// log(left), given lost = 1 - left as well: exact for both ends of 0..1.
-double log_left(double left, double lost) { return lost < 0.5 ? std::log1p(-lost) : std::log(left); }
-
-double negative_log(const Target &x) { return x.missed < 0.5 ? -std::log1p(-x.missed) : -x.log_p; }
-
-// log(1 + r) - r; by its series where the difference would lose digits.
-double log1p_minus(double r) { return r < 1e-4 ? r * r * (r * (1.0 / 3 - r / 4) - 0.5) : std::log1p(r) - r; }
-
-// Probability of x_t, but for a factor: with x_0 known.
-double evidence_of(const Step &c, const Prediction &x, bool stayed) {
-  return c.move + c.stay * (stayed ? c.signal + x.noise_0 : x.noise_t);
-}
-
-// KL(q(x_s | x_t, x_0) || p(x_s | x_t)) over the codes. The terms of first order in p, which cancel, have been taken
-// out by hand: what is left are terms of one sign, so that a small KL has as many right digits as a large one.
-double divergence(const Step &c, const Prediction &x, bool stayed) {
-  if (c.spread == 0) {
-    if (!stayed) return negative_log(x.x0) + std::log1p(c.stay * x.p_t / c.move);
-    const double odds = c.move * x.x0.missed / (c.move + c.stay);
-    if (x.x0.p > 0) return std::log1p(odds / x.x0.p);
-    return odds > 0 ? std::log(odds) - x.x0.log_p : 0;
-  }
-  const double evidence = evidence_of(c, x, stayed), most = c.signal + x.noise_0;
-  const double q_x0 = (c.move + (stayed ? c.stay : 0)) * most / evidence;
-  const double lost = c.signal * x.x0.missed / most;
-  // Without noise at x_0 a p that has underflowed still has its logarithm.
-  const double log_x0 = x.noise_0 > 0 ? log_left((c.signal * x.x0.p + x.noise_0) / most, lost) : -negative_log(x.x0);
-  double kl = -q_x0 * (log_x0 + lost) - c.move / evidence * x.logs;
-  if (stayed) {
-    const double evidence_lost = c.stay * c.signal * x.x0.missed / evidence;
-    kl += log_left((c.move + c.stay * (c.signal * x.x0.p + x.noise_0)) / evidence, evidence_lost) + evidence_lost;
-  } else if (!c.masked) {
-    kl += std::log1p(c.stay * c.signal * x.p_t / evidence) -
-          c.stay * x.noise_t / evidence * std::log1p(c.signal * x.p_t / x.noise_t);
-  }
-  return kl;
-}
-
-// dKL/dlogit_k = p_k (base + slope r_k / (1 + r_k)), but for x_0 and x_t, whose values are at_x0 and at_x_t.
-struct Gradient {
-  double base, slope, at_x0, at_x_t;
-};
-
-Gradient gradient(const Step &c, const Prediction &x, bool stayed) {
-  const double p_t = stayed ? x.x0.p : x.p_t;
-  const double predicted = c.move + c.stay * (c.signal * p_t + (stayed ? x.noise_0 : x.noise_t));
-  const double seen = predicted > 0 ? c.stay * c.signal * p_t / predicted : 1;
-  // Sum of q_k r_k / (1 + r_k), q the true posterior. Without noise it is 1, all of it at x_0.
-  double sum = 1, of_x0 = 1, of_x_t = 0, share_t = 0, slope = 0;
-  if (c.spread > 0) {
-    const double evidence = evidence_of(c, x, stayed);
-    const auto share = [&](double p, double noise) { return noise > 0 ? c.signal * p / (c.signal * p + noise) : 1; };
-    of_x0 = (c.move + (stayed ? c.stay : 0)) * (c.signal + x.noise_0) / evidence * share(x.x0.p, x.noise_0);
-    share_t = stayed || c.masked ? 0 : share(x.p_t, x.noise_t);
-    of_x_t = c.stay * x.noise_t / evidence * share_t;  // beyond what x_t has as any other code
-    slope = c.move * c.signal / evidence;
-    sum = of_x0 + of_x_t + c.move / evidence * (c.signal * x.x0.missed - x.curvature);
-  }
-  Gradient g;
-  g.base = sum - seen - slope;
-  g.slope = slope;
-  g.at_x0 = x.x0.p * (sum - seen) - of_x0 + (stayed ? seen : 0);
-  g.at_x_t = x.p_t * (g.base + slope * share_t) - of_x_t + seen;
-  return g;
 }
 
 template <class Passes>
@@ -135,25 +56,21 @@ struct Batch {
            bool past_caches) const {
     const int64_t b = n / L, target = x0[n], seen = x_t[n], padded = passes.padded(K);
     void *grad_row = grad ? (char *)grad + n * K * passes.size() : nullptr;
-    const Step step(chain, t[b], s[b], seen, K, marginal);
-    if (scale[n] == 0 || (step.certain && aux_weight == 0)) {  // nothing to learn: the logits are not read
+    const LossToken token = loss_token(chain, t[b], s[b], seen, target, K, marginal);
+    if (!token.reads(scale[n], aux_weight)) {  // nothing to learn
       ((Real *)loss)[n] = 0;
       if (grad) std::memset(grad_row, 0, K * passes.size());
       return;
     }
-    const bool stayed = seen == target, apart = !stayed && !step.masked;
 
     const char *logits_row = (const char *)logits + n * K * passes.size();
     const Real largest = passes.load(logits_row, K, weights);
-    const double margin = (double)weights[target] - largest, margin_t = apart ? (double)weights[seen] - largest : 0;
-    // x_0 and x_t are left out of every sum over the codes and put in by hand.
+    const double margin = (double)weights[target] - largest;
+    const double margin_t = token.apart ? (double)weights[seen] - largest : 0;
     weights[target] = -std::numeric_limits<Real>::infinity();
-    if (apart) weights[seen] = -std::numeric_limits<Real>::infinity();
+    if (token.apart) weights[seen] = -std::numeric_limits<Real>::infinity();
     const double others = passes.exp(weights, padded, largest, 1, sums, logits_row + K * passes.size());
-
-    const double shift_0 = stayed ? step.shift : 0;
-    const double weight = std::exp(margin - shift_0), weight_t = apart ? std::exp(margin_t - step.shift) : 0;
-    const double total = others + weight + weight_t;
+    const double total = token.total(margin, margin_t, others);
     if (!(total == total)) {
       ((Real *)loss)[n] = std::numeric_limits<Real>::quiet_NaN();
       if (!grad) return;
@@ -162,42 +79,20 @@ struct Batch {
       return;
     }
 
-    const bool noisy = step.spread > 0 && !step.certain;
-    double value = 0;
-    Gradient g = {};
-    if (!step.certain) {
-      Prediction x = {};
-      x.x0 = {margin - shift_0 - std::log(total), weight / total, (others + weight_t) / total};
-      x.p_t = weight_t / total;
-      x.noise_0 = step.spread * noise_of(chain, target, K);
-      x.noise_t = step.masked ? 0 : step.spread * noise_of(chain, seen, K);
-      if (noisy) {
-        const double spread = noise.noise ? step.spread : x.noise_0, ratio = step.signal / spread / total;
-        x.logs = spread * passes.log1p(weights, padded, ratio, noise.noise, noise.inverse, grad ? shares : nullptr,
-                                       &x.curvature);
-        x.curvature *= spread;
-        if (apart) {
-          const double r = step.signal * x.p_t / x.noise_t;
-          x.logs += x.noise_t * log1p_minus(r);
-          x.curvature += x.noise_t * r * (r / (1 + r));
-        }
-      }
-      value = step.flip * divergence(step, x, stayed);
-      if (grad) g = gradient(step, x, stayed);
+    double logs = 0, curvature = 0;
+    if (token.noisy()) {
+      const double spread = noise.noise ? token.step.spread : token.noise_0;
+      const double ratio = token.step.signal / spread / total;
+      logs = spread * passes.log1p(weights, padded, ratio, noise.noise, noise.inverse, grad ? shares : nullptr,
+                                   &curvature);
+      curvature *= spread;
     }
-
-    // The auxiliary term is of the prediction itself, without the marginal rule's shift.
-    const double own = std::exp(margin), own_t = apart ? std::exp(margin_t) : 0, own_total = others + own + own_t;
-    const Target plain = {margin - std::log(own_total), own / own_total, (others + own_t) / own_total};
-    if (aux_weight != 0) value += aux_weight * negative_log(plain);
-    ((Real *)loss)[n] = value;
+    const LossRow row = finish_loss(token, margin, margin_t, others, logs, curvature, scale[n], aux_weight);
+    ((Real *)loss)[n] = row.loss;
     if (!grad) return;
-
-    const double by = scale[n], by_kl = by * step.flip, by_aux = by * aux_weight;
-    passes.grad(weights, padded, by_kl * g.base / total + by_aux / own_total, by_kl * g.slope / total,
-                noisy ? shares : nullptr);
-    weights[target] = by_kl * g.at_x0 - by_aux * plain.missed;
-    if (apart) weights[seen] = by_kl * g.at_x_t + by_aux * (own_t / own_total);
+    passes.grad(weights, padded, row.gradient.base, row.gradient.slope, token.noisy() ? shares : nullptr);
+    weights[target] = row.gradient.at_x0;
+    if (token.apart) weights[seen] = row.gradient.at_x_t;
     passes.store(weights, K, grad_row, past_caches);
   }
 

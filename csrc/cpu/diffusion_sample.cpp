@@ -65,42 +65,26 @@ struct Reverse {
     return std::isfinite(total) && total > 0 ? truncate(passes, keep, K, scores, weights, sums, total) : total;
   }
 
-  int64_t draw(const Passes &passes, int64_t n, const NoiseCodes &noise, Real *weights, Real *scores,
-               double *sums) const {
+  int64_t draw(const Passes &passes, int64_t n, Real *weights, Real *scores, double *sums) const {
     const int64_t b = n / L, current = x_t[n];
-    const RandomBits bits = philox(key[0], key[1], n, 0);
-    if (known && known[n] >= 0) return noised(Shares(chain, s[b]), known[n], bits, noise, K);
-    const Step step(chain, t[b], s[b], current, K, marginal);
-    if (step.certain) return current;
-
-    const double part = uniform(bits.first), moving = step.masked ? step.flip : step.move;
-    const double replaced = moving * (1 - step.signal), predicted = moving * step.signal;
-    // The weight of staying grows with p(x_t). Where even p(x_t) = 0 means to stay, as for most tokens of a long chain,
-    // the logits need not be read. A masked token's weights do not depend on them at all.
-    const double of_noise = step.masked ? 0 : step.spread * noise_of(chain, current, K);
-    const double least = step.masked ? 1 - step.flip : step.stay * of_noise;
-    if (part * (least + replaced + predicted) < least) return current;
-    if (step.masked && part * (least + replaced + predicted) < least + replaced) return noise.draw(bits.second);
+    ReverseDraw draw = begin_draw(chain, t[b], s[b], current, known ? known[n] : -1, K, marginal,
+                                  philox(key[0], key[1], n, 0));
+    if (draw.decided) return draw.x_s;
 
     double total = weigh(passes, n, weights, scores, sums);
-    if (!(std::isfinite(total) && total > 0)) return step.masked ? noise.draw(bits.second) : current;
-    if (!step.masked) {
-      if (step.shift != 0) {
-        weights[current] *= std::exp(-step.shift);
-        total = passes.sum(weights, passes.padded(K), sums);
-        if (!(total > 0)) return current;
-      }
-      const double kept = step.stay * (step.signal * (weights[current] / total) + of_noise);
-      const double mark = part * (kept + replaced + predicted);
-      if (mark < kept) return current;
-      if (mark < kept + replaced) return noise.draw(bits.second);
+    bool valid = std::isfinite(total) && total > 0;
+    if (valid && draw.step.shift != 0) {
+      weights[current] *= std::exp(-draw.step.shift);
+      total = passes.sum(weights, passes.padded(K), sums);
+      valid = total > 0;
     }
+    settle_draw(draw, chain, draw.step.masked ? 0 : weights[current] / total, valid, K);
+    if (draw.decided) return draw.x_s;
     return locate(weights, sums, K, uniform(philox(key[0], key[1], n, 1).first) * total);
   }
 
   int run(vqfast_dtype dtype) const {
-    const NoiseCodes noise(chain, K);
-    bool enough = noise.enough_memory();
+    bool enough = true;
 #pragma omp parallel reduction(&& : enough) if (B * L * (K + kDrawElements) > kParallelElements)
     {
       const Passes passes(dtype);
@@ -110,7 +94,7 @@ struct Reverse {
       enough = enough && weights && scores && sums;
 #pragma omp for schedule(static)
       for (int64_t n = 0; n < B * L; ++n)
-        if (enough) x_s[n] = draw(passes, n, noise, weights.get(), scores.get(), sums.get());
+        if (enough) x_s[n] = draw(passes, n, weights.get(), scores.get(), sums.get());
     }
     return enough ? VQFAST_OK : VQFAST_OUT_OF_MEMORY;
   }
@@ -123,11 +107,9 @@ using namespace vqfast;
 
 extern "C" int vqfast_cpu_q_sample(const int64_t *x0, const int64_t *t, vqfast_levels levels, int64_t B, int64_t L,
                                    int64_t K, const int64_t *key, int64_t *x_t) {
-  const NoiseCodes noise(levels, K);
-  if (!noise.enough_memory()) return VQFAST_OUT_OF_MEMORY;
 #pragma omp parallel for schedule(static) if (B * L * kDrawElements > kParallelElements)
   for (int64_t n = 0; n < B * L; ++n)
-    x_t[n] = noised(Shares(levels, t[n / L]), x0[n], philox(key[0], key[1], n, 0), noise, K);
+    x_t[n] = noised(levels, t[n / L], x0[n], philox(key[0], key[1], n, 0), K);
   return VQFAST_OK;
 }
 

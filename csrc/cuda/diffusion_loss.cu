@@ -8,7 +8,6 @@ extern "C" int vqfast_cuda_diffusion_loss(vqfast_dtype dtype, const void *logits
                                           const int64_t *x_t, const int64_t *t, const int64_t *s, vqfast_levels levels,
                                           int64_t B, int64_t L, int64_t K, const double *scale, int marginal,
                                           double aux_weight, void *loss, void *grad, int device, void *stream) {
-  if (levels.columns != 1 || levels.noise || marginal) return VQFAST_UNSUPPORTED;
   if (K > kMaxCodes) return VQFAST_CUDA_ERROR + (int)cudaErrorInvalidValue;
   Launcher launch(device, stream);
   const bool known = with_element(dtype, [&](auto *type) {
@@ -18,10 +17,10 @@ extern "C" int vqfast_cuda_diffusion_loss(vqfast_dtype dtype, const void *logits
     const bool vectors = K % kVector<T> == 0 && aligned(logits) && aligned(grad);
     const LaunchPlan plan =
         softmax_plan(B * L, K, vectors ? kVector<T> : 1, sizeof(R), launch.limits());
-    const LossArguments<T> args = {static_cast<const T *>(logits), x0, x_t, t, s, levels.levels, levels.T, B * L, L,
-                                   (int)K, scale, aux_weight, static_cast<R *>(loss), static_cast<T *>(grad),
+    const LossArguments<T> args = {static_cast<const T *>(logits), x0, x_t, t, s, levels, B * L, L, (int)K, scale,
+                                   marginal != 0, aux_weight, static_cast<R *>(loss), static_cast<T *>(grad),
                                    plan.shared_bytes > 0};
-    launch(vectors ? uniform_diffusion_loss<T, kVector<T>> : uniform_diffusion_loss<T, 1>, plan, args);
+    launch(vectors ? diffusion_loss_rows<T, kVector<T>> : diffusion_loss_rows<T, 1>, plan, args);
   });
   return known ? launch.code() : (int)VQFAST_BAD_DTYPE;
 }

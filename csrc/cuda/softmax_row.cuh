@@ -6,19 +6,50 @@
 
 namespace vqfast {
 
-template <typename T, int V>
+constexpr unsigned kNoCode = 0x7fffffff;
+
+// Where scores come from: logits, or with guidance unconditional + guidance (logits - unconditional).
+template <typename T>
+struct ScoreSource {
+  typedef accumulate_t<T> R;
+  const T *logits, *unconditional;  // unconditional: or null
+  R guidance;
+
+  template <int V>
+  __device__ __forceinline__ void read(int64_t first, R (&values)[V]) const {
+    load<T, V>(logits + first, values);
+    if (!unconditional) return;
+    R other[V];
+    load<T, V>(unconditional + first, other);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const R guided = other[j] + guidance * (values[j] - other[j]);
+      // A code that either calls impossible stays so; infinities of one sign would make it NaN.
+      values[j] = values[j] == -INFINITY || other[j] == -INFINITY ? (R)-INFINITY : guided;
+    }
+  }
+  __device__ __forceinline__ R score(int64_t k) const {
+    R one[1];
+    read<1>(k, one);
+    return one[0];
+  }
+};
+
+// Weighs: says of a score and its code whether it has a weight at all.
+template <typename T, int V, typename Weighs>
 class SoftmaxRow {
  public:
   typedef accumulate_t<T> R;
+  static constexpr int kVectorSize = V;
 
   // kept: shared memory as launch.h's softmax_plan sizes it, or null.
-  __device__ SoftmaxRow(const T *scores, int K, R *kept) : scores_(scores), K_((unsigned)K), kept_(kept) {}
+  __device__ SoftmaxRow(const ScoreSource<T> &source, int K, R *kept) : source_(source), K_((unsigned)K), kept_(kept) {}
 
   __device__ R largest() {
     R largest = -INFINITY;
     visit([&](unsigned first, unsigned slot) {
       R values[V];
-      load<T, V>(scores_ + first, values);
+      source_.template read<V>(first, values);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         largest = Max()(largest, values[j]);
@@ -28,19 +59,34 @@ class SoftmaxRow {
     return largest;
   }
 
-  // Sum over this thread's part of exp((score - largest) * inverse_temperature). Call it once, after largest().
-  __device__ R weigh(R largest, R inverse_temperature) {
+  // body(code, score): this thread's codes in order. After largest(), before weigh().
+  template <typename Body>
+  __device__ __forceinline__ void for_each_score(Body body) const {
+    visit([&](unsigned first, unsigned slot) {
+      R scores[V];
+      read(first, slot, scores);
+#pragma unroll
+      for (int j = 0; j < V; ++j) body(first + j, scores[j]);
+    });
+  }
+
+  // From here on scores are exp((score - largest) * inverse_temperature). After largest().
+  __device__ void scale(R largest, R inverse_temperature) {
     largest_ = largest;
     inverse_temperature_ = inverse_temperature;
+  }
+
+  // Sum over this thread's part of the weights that `weighs` lets have one. Call it once, after scale().
+  __device__ R weigh(const Weighs &weighs) {
+    weighs_ = weighs;
     R sum = 0;
     visit([&](unsigned first, unsigned slot) {
       R values[V];
-      if (!kept_) load<T, V>(scores_ + first, values);
+      read(first, slot, values);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        const unsigned at = (slot + j) * blockDim.x + threadIdx.x;
-        const R weight = weight_of(kept_ ? kept_[at] : values[j]);
-        if (kept_) kept_[at] = weight;
+        const R weight = weighs_(values[j], first + j) ? weight_of(values[j]) : 0;
+        if (kept_) kept_[(slot + j) * blockDim.x + threadIdx.x] = weight;
         sum += weight;
       }
     });
@@ -54,7 +100,7 @@ class SoftmaxRow {
   __device__ __forceinline__ void for_each(Body body) const {
     visit([&](unsigned first, unsigned slot) {
       R weights[V];
-      read(first, slot, weights);
+      read_weights(first, slot, weights);
       body(first, weights);
     });
   }
@@ -70,7 +116,7 @@ class SoftmaxRow {
       for (int j = 0; j < V; ++j) weights[j] = 0;
       return false;
     }
-    read(first, s * V, weights);
+    read_weights(first, s * V, weights);
     return true;
   }
 
@@ -84,24 +130,34 @@ class SoftmaxRow {
     for (unsigned first = threadIdx.x * V; first < K_; first += blockDim.x * V, slot += V) body(first, slot);
   }
 
-  __device__ __forceinline__ void read(unsigned first, unsigned slot, R (&weights)[V]) const {
-    if (kept_) {
-#pragma unroll
-      for (int j = 0; j < V; ++j) weights[j] = kept_[(slot + j) * blockDim.x + threadIdx.x];
+  // What is kept, scores or by now weights; where nothing is, scores.
+  __device__ __forceinline__ void read(unsigned first, unsigned slot, R (&values)[V]) const {
+    if (!kept_) {
+      source_.template read<V>(first, values);
       return;
     }
-    load<T, V>(scores_ + first, weights);
 #pragma unroll
-    for (int j = 0; j < V; ++j) weights[j] = weight_of(weights[j]);
+    for (int j = 0; j < V; ++j) values[j] = kept_[(slot + j) * blockDim.x + threadIdx.x];
   }
 
-  const T *scores_;
+  __device__ __forceinline__ void read_weights(unsigned first, unsigned slot, R (&weights)[V]) const {
+    read(first, slot, weights);
+    if (kept_) return;
+#pragma unroll
+    for (int j = 0; j < V; ++j) weights[j] = weighs_(weights[j], first + j) ? weight_of(weights[j]) : 0;
+  }
+
+  ScoreSource<T> source_;
   unsigned K_;
   R *kept_;
   R largest_ = 0, inverse_temperature_ = 1;
+  Weighs weighs_ = {};
 };
 
 // An index that is out of range is brought into it: a kernel cannot raise.
 __device__ __forceinline__ int64_t clamp_index(int64_t i, int64_t size) { return i < 0 ? 0 : min(i, size - 1); }
+
+// How many states a chain over K codes has: with a mask, one more.
+__device__ __forceinline__ int64_t states(const vqfast_levels &chain, int64_t K) { return K + (chain.columns == 2); }
 
 }  // namespace vqfast

@@ -20,7 +20,6 @@ enum {
   VQFAST_OK = 0,
   VQFAST_BAD_DTYPE = 1,
   VQFAST_OUT_OF_MEMORY = 2,
-  VQFAST_UNSUPPORTED = 3, /* this device's kernel does not take these arguments; the reference does */
   VQFAST_CUDA_ERROR = 1000 /* + cudaError_t */
 };
 
@@ -62,11 +61,12 @@ int vqfast_cpu_codebook_stats(vqfast_dtype dtype, vqfast_rows x, int64_t D, cons
                               const void *weights, int64_t K, void *counts, void *sums);
 
 /* A transition family. levels (T + 1, columns) float64: alpha_bar, and gamma_bar in a second column where the family
- * has a mask state, which is state K. noise (K) float64: the distribution of replaced codes; null for 1 / K each. */
+ * has a mask state, which is state K. noise (K) float64: the distribution of replaced codes; null for 1 / K each.
+ * cumulative (K) float64: sums of noise up to each code, for the ops that draw; null with noise. */
 typedef struct {
   const double *levels;
   int64_t T, columns;
-  const double *noise;
+  const double *noise, *cumulative;
 } vqfast_levels;
 
 /* Diffusion. x0, x_t, known, x_s (B, L); t, s (B); key[2]; all integers int64. */
@@ -140,7 +140,6 @@ int vqfast_cuda_codebook_stats(vqfast_dtype dtype, vqfast_rows x, int64_t D, con
                                const void *weights, int64_t K, void *counts, void *sums, void *scratch, int device,
                                void *stream);
 
-/* Diffusion: uniform noise, the joint rule, no guidance, top_k or top_p; else VQFAST_UNSUPPORTED. */
 int vqfast_cuda_q_sample(const int64_t *x0, const int64_t *t, vqfast_levels levels, int64_t B, int64_t L, int64_t K,
                          const int64_t *key, int64_t *x_t, int device, void *stream);
 

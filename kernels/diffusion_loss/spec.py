@@ -65,6 +65,13 @@ TEST_SHAPES = (
     dict(B=4, L=7, K=1025, T=1000, step=50),
     dict(B=2, L=3, K=2, T=4000, sharpness=30.0),
     dict(B=2, L=6, K=4100, T=100, step=100, sharpness=8.0, aux_weight=0.001),
+    dict(B=3, L=9, K=123, T=10, family="absorbing"),
+    dict(B=2, L=9, K=33, T=10, step=4, family="absorbing", aux_weight=0.1, marginal=True),
+    dict(B=4, L=9, K=77, T=100, family="mask_and_replace", aux_weight=0.01),
+    dict(B=4, L=9, K=1025, T=100, step=30, family="mask_and_replace", marginal=True, aux_weight=0.01),
+    dict(B=4, L=9, K=123, T=100, marginal=True),
+    dict(B=4, L=9, K=123, T=100, family="marginal"),
+    dict(B=4, L=9, K=40, T=10, step=3, family="marginal", marginal=True, aux_weight=0.01),
 )
 
 SPEC = Spec(
@@ -73,15 +80,6 @@ SPEC = Spec(
     inputs=inputs,
     check=check,
     test_shapes=TEST_SHAPES,
-    further_shapes=(
-        dict(B=3, L=9, K=123, T=10, family="absorbing"),
-        dict(B=2, L=9, K=33, T=10, step=4, family="absorbing", aux_weight=0.1, marginal=True),
-        dict(B=4, L=9, K=77, T=100, family="mask_and_replace", aux_weight=0.01),
-        dict(B=4, L=9, K=1025, T=100, step=30, family="mask_and_replace", marginal=True, aux_weight=0.01),
-        dict(B=4, L=9, K=123, T=100, marginal=True),
-        dict(B=4, L=9, K=123, T=100, family="marginal"),
-        dict(B=4, L=9, K=40, T=10, step=3, family="marginal", marginal=True, aux_weight=0.01),
-    ),
     bench_shapes=(dict(B=32, L=256, K=1024, T=1000),),
     bytes_moved=lambda s, dtype: 2 * s["B"] * s["L"] * s["K"] * dtype.itemsize,
     flops=lambda s: 20 * s["B"] * s["L"] * s["K"],

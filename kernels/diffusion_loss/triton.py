@@ -1,19 +1,16 @@
-"""Uniform diffusion loss in Triton: loss and gradient of a token in one program, one read of its logits.
+"""Diffusion loss in Triton: loss and gradient of a token in one program, one read of its logits.
 
-With n = (1 - alpha_bar_s) / K and f = (1 - a) / K both posteriors are known up to their normalisers, Z_q of the true
-one and Z of the model's, and
-
-    KL = log(Z / Z_q) + sum_j q_j (log1p(A [j = x_0]) - log1p(A p_j)),   A = alpha_bar_s / n,
-
-where q_j is the same number f n / Z_q for all j but x_0 and x_t. So a row needs log-sum-exp and one more sum; what
-belongs to x_0 and x_t is a handful of scalars, taken in float64 because the KL is a small difference of them. The
-elements are float32 (float64 for float64 logits), their sums float64.
+README.md derives the formulas. x_0 and x_t are left out of the sums over a row and put in by hand, in float64, for the
+loss is a small difference of what belongs to them; the elements of the sums are float32 (float64 for float64 logits).
+A token that has nothing to learn is not read.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from vqfast.kernels.posterior.triton import log1p, noise_of, step_of
 
 # Codes of one row that stay in registers between the passes (half as many in float64), 8 to a thread: more would spill.
 # The blocks of a longer row are read again, from the cache.
@@ -22,25 +19,132 @@ _BLOCK = 2048
 
 
 @triton.jit
-def _log1p(y):
-    """log(1 + y) for y >= 0 to full relative precision: the rounding of 1 + y is put back to first order."""
-    w = 1 + y
-    return tl.log(w) + (y - (w - 1)) / w
+def _log1p_minus(r):
+    """log(1 + r) - r for 0 <= r < 1e36, in float32 to a relative 2e-6: as csrc/cpu/simd_math.h has it."""
+    if r.dtype == tl.float64:
+        return tl.where(r < 1e-4, r * r * (r * (1 / 3 - r / 4) - 0.5), log1p(r) - r)
+    else:
+        # 1 + r = 2^e (1 + f), f in [-1/3, 1/3]. 2^-e and 2^-e - 1 are exact, so f has one rounding, none where e = 0.
+        e = ((1 + r).to(tl.int32, bitcast=True) - 0x3F2AAAAB) >> 23
+        scale = (0x3F800000 - (e << 23)).to(tl.float32, bitcast=True)
+        f = r * scale + (scale - 1)
+        p = f * -0.12577850 + 0.13746133
+        p = f * p - 0.12255136
+        p = f * p + 0.14056425
+        p = f * p - 0.16675519
+        p = f * p + 0.20007181
+        p = f * p - 0.24999902
+        p = f * p + 0.33333274
+        square = f * f
+        return (e.to(tl.float32) * 0.693147180559945 + (f - r)) + (square * f * p - 0.5 * square)
 
 
 @triton.jit
-def _sums(odds, ordinary):
-    """Over the ordinary codes: the sums of log(1 + A p) and of A p / (1 + A p), from odds = A p."""
-    odds = tl.where(ordinary, odds, 0.0)
-    return tl.sum(_log1p(odds).to(tl.float64), 0), tl.sum((odds / (1 + odds)).to(tl.float64), 0)
+def _odds(weights, k, K, ratio, noise_ptr):
+    """r of each code, the noise of which it is a multiple (but for a factor of the row), and their product."""
+    linear = weights * ratio.to(weights.dtype)
+    if noise_ptr is None:
+        return linear, 1.0, linear
+    else:
+        # A code that no noise gives has r = infinity; noise times r is what counts: with this it is right to 1e-18.
+        m = tl.maximum(tl.load(noise_ptr + k, mask=k < K, other=1.0), 1e-18).to(weights.dtype)
+        return linear / m, m, linear
 
 
 @triton.jit
-def _gradient(weights, k, x0, x_t, p_factor, odds_factor, q, at_x0, at_x_t):
-    odds = weights * odds_factor.to(weights.dtype)
-    grad = weights * p_factor.to(weights.dtype) - q.to(weights.dtype) * (odds / (1 + odds))
+def _sums(weights, k, K, ratio, noise_ptr):
+    """Of noise (log(1 + r) - r) and of noise (r - r / (1 + r))."""
+    r, m, linear = _odds(weights, k, K, ratio, noise_ptr)
+    return tl.sum((m * _log1p_minus(r)).to(tl.float64), 0), tl.sum((linear * (r / (1 + r))).to(tl.float64), 0)
+
+
+@triton.jit
+def _gradient(weights, k, K, ratio, noise_ptr, base, slope, x0, x_t, at_x0, at_x_t):
+    r, _, _ = _odds(weights, k, K, ratio, noise_ptr)
+    grad = weights * (base.to(weights.dtype) + slope.to(weights.dtype) * (r / (1 + r)))
     grad = tl.where(k == x_t, at_x_t.to(weights.dtype), grad)
     return tl.where(k == x0, at_x0.to(weights.dtype), grad)
+
+
+@triton.jit
+def _others(logits_ptr, k, K, peak, x0, x_t, dtype: tl.constexpr):
+    """exp(logit - peak) of the codes k, 0 of x0, of x_t and beyond K."""
+    logits = tl.load(logits_ptr + k, mask=k < K, other=float("-inf")).to(dtype)
+    return tl.where((k == x0) | (k == x_t), 0.0, tl.exp(logits - peak))
+
+
+# Scalars are worked out by every thread of a program: where only one of two values is needed, a branch saves the other.
+@triton.jit
+def _log_left(left, lost):
+    """log(left), given lost = 1 - left as well: exact for both ends of 0..1."""
+    if lost < 0.5:
+        result = log1p(-lost)
+    else:
+        result = tl.log(left)
+    return result
+
+
+@triton.jit
+def _negative_log(log_p, missed):
+    result = -log_p
+    if missed < 0.5:
+        result = -log1p(-missed)
+    return result
+
+
+@triton.jit
+def _share(signal, p, noise):
+    """signal p / (signal p + noise); 1 where there is no noise, even if p has underflowed."""
+    return tl.where(noise > 0, signal * p / tl.where(noise > 0, signal * p + noise, 1.0), 1.0)
+
+
+@triton.jit
+def _divergence(signal, spread, stay, move, masked, stayed, log_p, p_0, missed, p_t, noise_0, noise_t, logs):
+    """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) over the codes, as terms of one sign."""
+    if spread == 0:
+        if stayed:
+            odds = move * missed / (move + stay)
+            kl = tl.where(odds > 0, tl.log(odds) - log_p, 0.0)
+            if p_0 > 0:
+                kl = log1p(odds / p_0)
+        else:
+            kl = _negative_log(log_p, missed) + log1p(stay * p_t / move)
+    else:
+        evidence = move + stay * tl.where(stayed, signal + noise_0, noise_t)
+        most = signal + noise_0
+        lost = signal * missed / most
+        # Without noise at x_0 a p that has underflowed still has its logarithm.
+        log_x0 = -_negative_log(log_p, missed)
+        if noise_0 > 0:
+            log_x0 = _log_left((signal * p_0 + noise_0) / most, lost)
+        q_x0 = (move + tl.where(stayed, stay, 0.0)) * most / evidence
+        kl = -q_x0 * (log_x0 + lost) - move / evidence * logs
+        if stayed:
+            lost = stay * signal * missed / evidence
+            kl += _log_left((move + stay * (signal * p_0 + noise_0)) / evidence, lost) + lost
+        elif noise_t > 0:
+            kl += log1p(stay * signal * p_t / evidence) - stay * noise_t / evidence * log1p(signal * p_t / noise_t)
+    return kl
+
+
+@triton.jit
+def _slopes(signal, spread, stay, move, masked, stayed, p_0, missed, p_t, noise_0, noise_t, curvature):
+    """Of dKL/dlogit_k = p_k (base + slope r_k / (1 + r_k)): base and slope, and its values at x_0 and x_t."""
+    p_i = tl.where(stayed, p_0, p_t)
+    predicted = move + stay * (signal * p_i + tl.where(stayed, noise_0, noise_t))
+    seen = tl.where(predicted > 0, stay * signal * p_i / tl.where(predicted > 0, predicted, 1.0), 1.0)
+    evidence = move + stay * tl.where(stayed, signal + noise_0, noise_t)
+    # Sum of q_k r_k / (1 + r_k), q the true posterior. Without noise it is 1, all of it at x_0.
+    noisy = spread > 0
+    of_x0 = (move + tl.where(stayed, stay, 0.0)) * (signal + noise_0) / evidence * _share(signal, p_0, noise_0)
+    of_x0 = tl.where(noisy, of_x0, 1.0)
+    share_t = tl.where(noisy & (stayed == 0) & (masked == 0), _share(signal, p_t, noise_t), 0.0)
+    of_x_t = stay * noise_t / evidence * share_t
+    slope = tl.where(noisy, move * signal / evidence, 0.0)
+    total = of_x0 + of_x_t + tl.where(noisy, move / evidence * (signal * missed - curvature), 0.0)
+    base = total - seen - slope
+    at_x0 = p_0 * (total - seen) - of_x0 + tl.where(stayed, seen, 0.0)
+    return base, slope, at_x0, p_t * (base + slope * share_t) - of_x_t + seen
 
 
 @triton.jit(do_not_specialize=["L", "T", "K"])
@@ -50,7 +154,8 @@ def _diffusion_loss_kernel(
     x_t_ptr,
     t_ptr,
     s_ptr,
-    alpha_bar_ptr,
+    levels_ptr,
+    noise_ptr,
     scale_ptr,
     loss_ptr,
     grad_ptr,
@@ -60,6 +165,8 @@ def _diffusion_loss_kernel(
     stride_b,
     stride_l,
     aux_weight: tl.float64,
+    MASKED: tl.constexpr,
+    MARGINAL: tl.constexpr,
     WITH_GRAD: tl.constexpr,
     WIDE: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
@@ -71,103 +178,124 @@ def _diffusion_loss_kernel(
     logits_ptr += sample * stride_b + (row % L) * stride_l
     grad_ptr += row * K
     block = tl.arange(0, BLOCK)
-    # A token that does not count is not read, for its logits may be anything: as zeros they give a gradient of 0.
-    width = tl.where(tl.load(scale_ptr + row) == 0, 0, K)
-    absent = tl.where(width == 0, 0.0, float("-inf")).to(dtype)
-
-    if ONE_BLOCK:
-        logits = tl.load(logits_ptr + block, mask=block < width, other=absent).to(dtype)
-        peak = tl.max(logits, 0)
-        weights = tl.exp(logits - peak)
-        total = tl.sum(weights.to(tl.float64), 0)
-    else:
-        peak = tl.full((), float("-inf"), dtype)
-        total = tl.full((), 0.0, tl.float64)
-        for start in range(0, K, BLOCK):
-            logits = tl.load(logits_ptr + start + block, mask=start + block < width, other=absent).to(dtype)
-            higher = tl.maximum(peak, tl.max(logits, 0))
-            # A row that begins with -inf has no peak yet.
-            shift = tl.where(higher == float("-inf"), 0.0, higher)
-            total = total * tl.exp(peak - shift).to(tl.float64) + tl.sum(tl.exp(logits - shift).to(tl.float64), 0)
-            peak = higher
 
     x0 = tl.minimum(tl.maximum(tl.load(x0_ptr + row), 0), K - 1)
-    x_t = tl.minimum(tl.maximum(tl.load(x_t_ptr + row), 0), K - 1)
-    same = tl.where(x0 == x_t, 1.0, 0.0).to(tl.float64)
-    peak64 = peak.to(tl.float64)
-    log_p_x0 = tl.load(logits_ptr + x0, mask=x0 < width, other=0.0).to(tl.float64) - peak64 - tl.log(total)
-    p_x0 = tl.exp(log_p_x0)
-    p_x_t = tl.exp(tl.load(logits_ptr + x_t, mask=x_t < width, other=0.0).to(tl.float64) - peak64 - tl.log(total))
-
-    alpha_t = tl.load(alpha_bar_ptr + tl.minimum(tl.maximum(tl.load(t_ptr + sample), 0), T))
-    alpha_s = tl.load(alpha_bar_ptr + tl.minimum(tl.maximum(tl.load(s_ptr + sample), 0), T))
-    a = alpha_t / alpha_s
-    f = (1 - a) / K
-    n = (1 - alpha_s) / K
-    noisy = n > 0
-    # A = 0 stands for s = 0, where only x_0 has a true probability and its share r of the signal is 1.
-    A = tl.where(noisy, alpha_s / tl.where(noisy, n, 1.0), 0.0)
-    z_true = f + a * (alpha_s * same + n)
-    z_model = f + a * (alpha_s * p_x_t + n)
-    q = f * n / z_true
-    q_x0 = (f + a * same) * (alpha_s + n) / z_true
-    q_x_t = (1 - same) * (f + a) * n / z_true
-    odds_factor = A / total
-
-    if ONE_BLOCK:
-        ordinary = (block != x0) & (block != x_t)
-        sum_log, sum_share = _sums(weights * odds_factor.to(dtype), ordinary)
-    else:
-        sum_log = tl.full((), 0.0, tl.float64)
-        sum_share = tl.full((), 0.0, tl.float64)
-        for start in range(0, K, BLOCK):
-            k = start + block
-            logits = tl.load(logits_ptr + k, mask=k < width, other=absent).to(dtype)
-            part_log, part_share = _sums(tl.exp(logits - peak) * odds_factor.to(dtype), (k != x0) & (k != x_t))
-            sum_log += part_log
-            sum_share += part_share
-
-    # A step without noise (f = 0) can only stay where it is: nothing to predict, KL = 0.
-    moves = f > 0
-    at_x0 = tl.where(noisy, _log1p(A) - _log1p(A * p_x0), -log_p_x0)
-    kl = tl.log(z_model / z_true) + q_x0 * at_x0 - q_x_t * _log1p(A * p_x_t) - q * sum_log
-    # 0 * inf where x_0 has probability 0 and the auxiliary term is off.
-    auxiliary = tl.where(aux_weight == 0, 0.0, -log_p_x0 * aux_weight)
-    loss = tl.where(moves, kl, 0.0) + auxiliary
-    loss = tl.where(total == total, loss, total)
-    tl.store(loss_ptr + row, tl.where(tl.load(scale_ptr + row) == 0, 0.0, loss).to(loss_ptr.dtype.element_ty))
-
-    if WITH_GRAD:
-        scale = tl.load(scale_ptr + row)
-        live = tl.where(moves, scale, 0.0)
-        r_x0 = q_x0 * tl.where(noisy, A * p_x0 / (1 + A * p_x0), 1.0)
-        r_x_t = q_x_t * (A * p_x_t / (1 + A * p_x_t))
-        c = tl.where(moves, a * alpha_s * p_x_t / tl.where(moves, z_model, 1.0), 0.0)
-        slope = live * tl.where(moves, r_x0 + r_x_t + q * sum_share - c, 0.0) + scale * aux_weight
-        grad_x0 = p_x0 * slope - tl.where(moves, live * (r_x0 - same * c), 0.0) - scale * aux_weight
-        grad_x_t = p_x_t * slope + tl.where(moves, live * (c - r_x_t), 0.0)
-        p_factor = slope / total
-        grad_q = tl.where(moves, live * q, 0.0)
-        if ONE_BLOCK:
-            grad = _gradient(weights, block, x0, x_t, p_factor, odds_factor, grad_q, grad_x0, grad_x_t)
-            tl.store(grad_ptr + block, grad.to(grad_ptr.dtype.element_ty), mask=block < K)
-        else:
+    states = K + 1 if MASKED else K
+    x_t = tl.minimum(tl.maximum(tl.load(x_t_ptr + row), 0), states - 1)
+    signal, spread, stay, move, flip, shift, masked, certain = step_of(
+        levels_ptr, noise_ptr, T, tl.load(t_ptr + sample), tl.load(s_ptr + sample), x_t, K, MASKED, MARGINAL
+    )
+    scale = tl.load(scale_ptr + row)
+    if (scale == 0) | (certain & (aux_weight == 0)):
+        tl.store(loss_ptr + row, 0.0)
+        if WITH_GRAD:
             for start in range(0, K, BLOCK):
                 k = start + block
-                logits = tl.load(logits_ptr + k, mask=k < width, other=absent).to(dtype)
-                weights = tl.exp(logits - peak)
-                grad = _gradient(weights, k, x0, x_t, p_factor, odds_factor, grad_q, grad_x0, grad_x_t)
-                tl.store(grad_ptr + k, grad.to(grad_ptr.dtype.element_ty), mask=k < K)
+                tl.store(grad_ptr + k, tl.zeros((BLOCK,), grad_ptr.dtype.element_ty), mask=k < K)
+    else:
+        stayed = x0 == x_t
+        apart = (stayed == 0) & (masked == 0)
+        left_out = tl.where(apart, x_t, -1)
+        logits = tl.load(logits_ptr + block, mask=block < K, other=float("-inf")).to(dtype)
+        peak = tl.max(logits, 0)
+        if not ONE_BLOCK:
+            for start in range(BLOCK, K, BLOCK):
+                k = start + block
+                logits = tl.load(logits_ptr + k, mask=k < K, other=float("-inf")).to(dtype)
+                peak = tl.maximum(peak, tl.max(logits, 0))
+        if ONE_BLOCK:
+            weights = tl.where((block == x0) | (block == left_out), 0.0, tl.exp(logits - peak))
+            others = tl.sum(weights.to(tl.float64), 0)
+        else:
+            others = tl.full((), 0.0, tl.float64)
+            for start in range(0, K, BLOCK):
+                others += tl.sum(_others(logits_ptr, start + block, K, peak, x0, left_out, dtype).to(tl.float64), 0)
+
+        # What is predicted, after the marginal rule's shift.
+        margin = tl.load(logits_ptr + x0).to(tl.float64) - peak.to(tl.float64)
+        margin_t = tl.load(logits_ptr + tl.minimum(x_t, K - 1)).to(tl.float64) - peak.to(tl.float64)
+        log_weight = margin - tl.where(stayed, shift, 0.0)
+        weight = tl.exp(log_weight)
+        weight_t = tl.where(apart, tl.exp(margin_t - shift), 0.0)
+        total = others + weight + weight_t
+        log_p, p_0, missed, p_t = (
+            log_weight - tl.log(total),
+            weight / total,
+            (others + weight_t) / total,
+            weight_t / total,
+        )
+
+        noise_0 = spread * noise_of(noise_ptr, x0, K)
+        noise_t = tl.where(masked, 0.0, spread * noise_of(noise_ptr, tl.minimum(x_t, K - 1), K))
+        # Of the row's noise, by which the passes' sums are multiplied; ratio 0 stands for no noise.
+        unit = spread / K if noise_ptr is None else spread
+        ratio = tl.where(unit > 0, signal / tl.where(unit > 0, unit, 1.0) / total, 0.0)
+        if ONE_BLOCK:
+            logs, curvature = _sums(weights, block, K, ratio, noise_ptr)
+        else:
+            logs = tl.full((), 0.0, tl.float64)
+            curvature = tl.full((), 0.0, tl.float64)
+            for start in range(0, K, BLOCK):
+                weights = _others(logits_ptr, start + block, K, peak, x0, left_out, dtype)
+                part_logs, part_curvature = _sums(weights, start + block, K, ratio, noise_ptr)
+                logs += part_logs
+                curvature += part_curvature
+        r_t = tl.where(apart & (noise_t > 0), signal * p_t / tl.where(noise_t > 0, noise_t, 1.0), 0.0)
+        logs = logs * unit + noise_t * _log1p_minus(r_t)
+        curvature = curvature * unit + noise_t * r_t * (r_t / (1 + r_t))
+
+        kl = flip * _divergence(
+            signal, spread, stay, move, masked, stayed, log_p, p_0, missed, p_t, noise_0, noise_t, logs
+        )
+        # The auxiliary term is of the prediction itself, without the marginal rule's shift. At weight 0 it is left out:
+        # 0 * inf where x_0 has probability 0.
+        auxiliary, own_missed, own_p_t, own_total = missed * 0, missed, p_t, total
+        if aux_weight != 0:
+            own = tl.exp(margin)
+            own_t = tl.where(apart, tl.exp(margin_t), 0.0)
+            own_total = others + own + own_t
+            own_missed, own_p_t = (others + own_t) / own_total, own_t / own_total
+            auxiliary = aux_weight * _negative_log(margin - tl.log(own_total), own_missed)
+        loss = tl.where(certain, 0.0, kl) + auxiliary
+        is_number = total == total
+        loss = tl.where(is_number, loss, total)
+        tl.store(loss_ptr + row, loss.to(loss_ptr.dtype.element_ty))
+
+        if WITH_GRAD:
+            base, slope, at_x0, at_x_t = _slopes(
+                signal, spread, stay, move, masked, stayed, p_0, missed, p_t, noise_0, noise_t, curvature
+            )
+            by = scale * flip
+            by_aux = scale * aux_weight
+            base = tl.where(certain, 0.0, by * base / total) + by_aux / own_total
+            slope = tl.where(certain, 0.0, by * slope / total)
+            at_x0 = tl.where(certain, 0.0, by * at_x0) - by_aux * own_missed
+            at_x_t = tl.where(certain, 0.0, by * at_x_t) + by_aux * own_p_t
+            # A row that is no distribution has no gradient at any of its codes.
+            base = tl.where(is_number, base, total)
+            at_x0 = tl.where(is_number, at_x0, total)
+            at_x_t = tl.where(is_number, at_x_t, total)
+            if ONE_BLOCK:
+                grad = _gradient(weights, block, K, ratio, noise_ptr, base, slope, x0, left_out, at_x0, at_x_t)
+                tl.store(grad_ptr + block, grad.to(grad_ptr.dtype.element_ty), mask=block < K)
+            else:
+                for start in range(0, K, BLOCK):
+                    k = start + block
+                    weights = _others(logits_ptr, k, K, peak, x0, left_out, dtype)
+                    grad = _gradient(weights, k, K, ratio, noise_ptr, base, slope, x0, left_out, at_x0, at_x_t)
+                    tl.store(grad_ptr + k, grad.to(grad_ptr.dtype.element_ty), mask=k < K)
 
 
-def uniform_diffusion_loss(
+def diffusion_loss(
     logits: Tensor,
     x0: Tensor,
     x_t: Tensor,
     t: Tensor,
     s: Tensor,
-    alpha_bar: Tensor,
+    levels: Tensor,
+    noise: Tensor | None,
     scale: Tensor,
+    marginal: bool,
     aux_weight: float,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -188,16 +316,19 @@ def uniform_diffusion_loss(
         x_t.contiguous(),
         t.contiguous(),
         s.contiguous(),
-        alpha_bar.contiguous(),
-        scale.double().contiguous(),
+        levels.contiguous(),
+        None if noise is None else noise.contiguous(),
+        scale.contiguous(),
         loss,
         grad,
         L,
-        alpha_bar.shape[0] - 1,
+        levels.shape[0] - 1,
         K,
         logits.stride(0),
         logits.stride(1),
         aux_weight,
+        MASKED=levels.shape[1] == 2,
+        MARGINAL=marginal,
         WITH_GRAD=with_grad,
         WIDE=wide,
         ONE_BLOCK=one_block,

@@ -56,8 +56,6 @@ SPEC = Spec(
         dict(B=1, L=1, K=1, T=1),
         dict(B=0, L=4, K=3, T=5),
         dict(B=5, L=123, K=50257, T=1000),
-    ),
-    further_shapes=(
         dict(B=3, L=50, K=123, T=10, family="absorbing"),
         dict(B=3, L=50, K=2, T=100, family="mask_and_replace"),
         dict(B=5, L=123, K=1024, T=10, family="marginal"),

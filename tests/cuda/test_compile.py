@@ -15,8 +15,8 @@ BOUNDS = {
     "lookup": (256, 4),
     "stats_scan_codes": (1024, 1),
     "stats_sum": (256, 4),
-    "uniform_diffusion_loss": (512, 1),
-    "uniform_p_sample": (512, 1),
+    "diffusion_loss_rows": (512, 1),
+    "p_sample_rows": (512, 1),
     "pack": (256, 2),
     "unpack": (256, 2),
     "position_mask": (256, 2),
@@ -81,8 +81,8 @@ def test_every_target_has_every_kernel(usage, extension):
     assert set(usage) == {(target, kernel) for target in targets for kernel in kernels}
     for name, instances in [
         ("nearest_scores", 8), ("nearest_exact", 4), ("lookup_rows", 4), ("lookup_tiles", 4),
-        ("lookup_backward_rows", 4), ("lookup_backward_tiles", 4), ("stats_sum", 4), ("uniform_diffusion_loss", 8),
-        ("scale_rows", 8), ("uniform_q_sample", 1), ("uniform_p_sample", 8),
+        ("lookup_backward_rows", 4), ("lookup_backward_tiles", 4), ("stats_sum", 4), ("diffusion_loss_rows", 8),
+        ("scale_rows", 8), ("q_sample_tokens", 1), ("p_sample_rows", 8),
     ]:  # fmt: skip
         assert sum(kernel.split("<")[0] == name for kernel in kernels) == instances, name
 
@@ -117,12 +117,12 @@ def instructions(extension, cuobjdump) -> dict[str, str]:
 
 def test_memory_is_read_and_written_16_bytes_at_a_time(instructions):
     for kernel in [
-        "lookup_rows<float>", "lookup_rows<bf16>", "lookup_backward_rows<f16>", "uniform_diffusion_loss<float, 4>",
-        "uniform_diffusion_loss<bf16, 8>", "uniform_diffusion_loss<double, 2>", "scale_rows<bf16, 8>",
+        "lookup_rows<float>", "lookup_rows<bf16>", "lookup_backward_rows<f16>", "diffusion_loss_rows<float, 4>",
+        "diffusion_loss_rows<bf16, 8>", "diffusion_loss_rows<double, 2>", "scale_rows<bf16, 8>",
     ]:  # fmt: skip
         assert re.search(r"LDG\.E\.\S*128", instructions[kernel]), kernel
         assert re.search(r"STG\.E\.\S*128", instructions[kernel]), kernel
-    assert re.search(r"LDG\.E\.\S*128", instructions["uniform_p_sample<float, 4>"])
+    assert re.search(r"LDG\.E\.\S*128", instructions["p_sample_rows<float, 4>"])
 
 
 def test_search_multiplies_and_adds_in_one_instruction_from_16_byte_shared_reads(instructions):

@@ -131,6 +131,8 @@ To shim_bits(From v) {
 inline float __uint_as_float(uint32_t v) { return shim_bits<float>(v); }
 inline float __int_as_float(int v) { return shim_bits<float>(v); }
 inline int __float_as_int(float v) { return shim_bits<int>(v); }
+inline double __longlong_as_double(long long v) { return shim_bits<double>(v); }
+inline long long __double_as_longlong(double v) { return shim_bits<long long>(v); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline void __stwb(uint4 *at, uint4 v) { *at = v; }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }

@@ -34,6 +34,11 @@ struct Call {
   T *at(int buffer) const {
     return static_cast<T *>(buffers[buffer]);
   }
+  // A family's tables from two integers, T and columns, and from buffers for the levels, the noise and its running sum.
+  vqfast_levels levels(int first, int buffer, bool draws) const {
+    return {at<double>(buffer), ints[first], ints[first + 1], at<double>(buffer + 1),
+            draws ? at<double>(buffer + 2) : nullptr};
+  }
 };
 
 constexpr int kDevice = 1;
@@ -61,10 +66,11 @@ void locate_all(const float *scores, int K, const double *targets, int count, in
   VQFAST_SHARED(float, partial, [32]);
   VQFAST_SHARED(double, warps, [32]);
   VQFAST_SHARED(int, found, [2]);
-  vqfast::SoftmaxRow<float, 4> row(scores, K, nullptr);
-  row.weigh(vqfast::block_reduce(row.largest(), vqfast::Max(), partial), 1);
+  vqfast::SoftmaxRow<float, 4, vqfast::LikelyCodes<float>> row({scores, nullptr, 1}, K, nullptr);
+  row.scale(vqfast::block_reduce(row.largest(), vqfast::Max(), partial), 1);
+  row.weigh({});
   for (int i = 0; i < count; ++i) {
-    const int code = vqfast::locate(row, targets[i], warps, found);
+    const int code = vqfast::locate(row, vqfast::Apart<float>{vqfast::kNoCode, 0}, targets[i], warps, found);
     if (threadIdx.x == 0) codes[i] = code;
     __syncthreads();
   }
@@ -129,17 +135,16 @@ const std::map<std::string, void (*)(const Call &)> kLaunchers = {
                                       scratch, kDevice, nullptr));
        free(scratch);
      }},
-    // Of a family without a mask state or a noise of its own: the levels are T + 1 values of alpha_bar.
     {"q_sample",
      [](const Call &c) {
-       run(vqfast_cuda_q_sample(c.at<int64_t>(0), c.at<int64_t>(1), {c.at<double>(2), c.ints[0], 1, nullptr}, c.ints[1],
-                                c.ints[2], c.ints[3], c.at<int64_t>(3), c.at<int64_t>(4), kDevice, nullptr));
+       run(vqfast_cuda_q_sample(c.at<int64_t>(0), c.at<int64_t>(1), c.levels(0, 2, true), c.ints[2], c.ints[3],
+                                c.ints[4], c.at<int64_t>(5), c.at<int64_t>(6), kDevice, nullptr));
      }},
     {"diffusion_loss",
      [](const Call &c) {
        run(vqfast_cuda_diffusion_loss(c.dtype(), c.buffers[0], c.at<int64_t>(1), c.at<int64_t>(2), c.at<int64_t>(3),
-                                      c.at<int64_t>(4), {c.at<double>(5), c.ints[1], 1, nullptr}, c.ints[2], c.ints[3],
-                                      c.ints[4], c.at<double>(6), 0, c.reals[0], c.buffers[7], c.buffers[8], kDevice,
+                                      c.at<int64_t>(4), c.levels(1, 5, false), c.ints[3], c.ints[4], c.ints[5],
+                                      c.at<double>(7), (int)c.ints[6], c.reals[0], c.buffers[8], c.buffers[9], kDevice,
                                       nullptr));
      }},
     {"scale_rows",
@@ -149,10 +154,10 @@ const std::map<std::string, void (*)(const Call &)> kLaunchers = {
      }},
     {"p_sample",
      [](const Call &c) {
-       run(vqfast_cuda_p_sample(c.dtype(), c.buffers[0], nullptr, c.at<int64_t>(1), c.at<int64_t>(2),
-                                c.at<int64_t>(3), {c.at<double>(4), c.ints[1], 1, nullptr}, c.ints[2], c.ints[3],
-                                c.ints[4], c.at<int64_t>(5), 0, c.reals[0], 1, 0, 1, c.at<int64_t>(6),
-                                c.at<int64_t>(7), kDevice, nullptr));
+       run(vqfast_cuda_p_sample(c.dtype(), c.buffers[0], c.buffers[1], c.at<int64_t>(2), c.at<int64_t>(3),
+                                c.at<int64_t>(4), c.levels(1, 5, true), c.ints[3], c.ints[4], c.ints[5],
+                                c.at<int64_t>(8), (int)c.ints[6], c.reals[0], c.reals[1], c.ints[7], c.reals[2],
+                                c.at<int64_t>(9), c.at<int64_t>(10), kDevice, nullptr));
      }},
     {"pack",
      [](const Call &c) {

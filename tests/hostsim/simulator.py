@@ -227,9 +227,15 @@ def codebook_stats(x: Tensor, indices: Tensor, weights: Tensor | None, codebook_
     return Call("codebook_stats", integers, [], [memory, indices, weights, *outputs])
 
 
+def _levels(levels: Tensor, noise: Tensor | None) -> tuple[list[int], list[Tensor | None]]:
+    """T and columns; levels, noise and the noise's running sum."""
+    return [levels.shape[0] - 1, levels.shape[1]], [levels, noise, None if noise is None else noise.cumsum(0)]
+
+
 def q_sample(x0: Tensor, t: Tensor, levels: Tensor, noise: Tensor | None, codebook_size: int, key: Tensor) -> Call:
-    integers = [levels.shape[0] - 1, *x0.shape, codebook_size]
-    return Call("q_sample", integers, [], [x0, t, levels, key, Written(x0.shape, torch.int64)])
+    sizes, tables = _levels(levels, noise)
+    buffers = [x0, t, *tables, key, Written(x0.shape, torch.int64)]
+    return Call("q_sample", [*sizes, *x0.shape, codebook_size], [], buffers)
 
 
 def diffusion_loss(
@@ -240,8 +246,9 @@ def diffusion_loss(
         Written(x0.shape, _wide(logits.dtype)),
         Written(logits.shape, logits.dtype) if with_grad else None,
     ]
-    integers = [DTYPE[logits.dtype], levels.shape[0] - 1, *logits.shape]
-    buffers = [logits, x0, x_t, t, s, levels, scale.contiguous(), *outputs]
+    sizes, tables = _levels(levels, noise)
+    integers = [DTYPE[logits.dtype], *sizes, *logits.shape, marginal]
+    buffers = [logits, x0, x_t, t, s, *tables[:2], scale.contiguous(), *outputs]
     return Call("diffusion_loss", integers, [aux_weight], buffers)
 
 
@@ -257,9 +264,10 @@ def p_sample(
     noise: Tensor | None, known: Tensor | None, marginal: bool, temperature: float, guidance: float, top_k: int,
     top_p: float, key: Tensor,
 ) -> Call:  # fmt: skip
-    integers = [DTYPE[logits.dtype], levels.shape[0] - 1, *logits.shape]
-    buffers = [logits, x_t, t, s, levels, known, key, Written(x_t.shape, torch.int64)]
-    return Call("p_sample", integers, [temperature], buffers)
+    sizes, tables = _levels(levels, noise)
+    integers = [DTYPE[logits.dtype], *sizes, *logits.shape, marginal, top_k]
+    buffers = [logits, unconditional, x_t, t, s, *tables, known, key, Written(x_t.shape, torch.int64)]
+    return Call("p_sample", integers, [temperature, guidance, top_p], buffers)
 
 
 def pack(values: Tensor, grains: Tensor, region: bool, capacity: int) -> Call:

@@ -9,8 +9,9 @@ import simulator
 import torch
 from simulator import Call, Written
 
-from tests.uniform_ops import loss_arguments, reference_loss, sample_arguments, uniform_noised
 from vqfast.kernels.codebook_stats.reference import codebook_stats
+from vqfast.kernels.diffusion_loss.reference import diffusion_loss
+from vqfast.kernels.diffusion_loss.spec import noised
 from vqfast.kernels.lookup.reference import lookup, lookup_backward
 from vqfast.kernels.nearest.reference import nearest
 from vqfast.kernels.q_sample.spec import random_key
@@ -56,6 +57,7 @@ DEVICES = (
 def test_same_bits_in_any_order_of_threads_and_blocks_and_on_any_size_of_device(spec):
     """grid_x=2: blocks stride over what a device with few blocks leaves them."""
     shapes = [shape for shape in spec.test_shapes if shape.get("N", 0) <= 200 and shape.get("K", 0) <= 1100]
+    shapes = [dict(shape) | {"L": min(shape["L"], 6)} if "L" in shape else shape for shape in shapes]
     calls = [simulator.CALLS[spec.op](*spec.inputs(shape, spec.dtypes[0], "cpu", 2)) for shape in shapes]
     expected = simulator.run(calls)
     for device in DEVICES:
@@ -70,9 +72,17 @@ RACE_SHAPES = {
     "lookup": (dict(N=70, K=5, D=40, masked=True), dict(N=70, K=5, D=37)),
     "lookup_backward": (dict(N=70, K=5, D=40, masked=True), dict(N=70, K=5, D=37)),
     "codebook_stats": (dict(N=300, K=3, D=5, weighted=True), dict(N=70, K=40, D=37, masked=True)),
-    "q_sample": (dict(B=3, L=16, K=32, T=10),),
-    "diffusion_loss": (dict(B=2, L=2, K=524, T=10), dict(B=1, L=2, K=131, T=10)),
-    "p_sample": (dict(B=2, L=4, K=524, T=4, step=4), dict(B=1, L=4, K=131, T=4, step=4)),
+    "q_sample": (dict(B=3, L=16, K=32, T=10), dict(B=3, L=16, K=32, T=10, family="marginal")),
+    "diffusion_loss": (
+        dict(B=2, L=2, K=524, T=10),
+        dict(B=1, L=2, K=131, T=10, family="marginal", marginal=True, aux_weight=0.1),
+        dict(B=2, L=4, K=131, T=10, step=4, family="absorbing"),
+    ),
+    "p_sample": (
+        dict(B=2, L=4, K=524, T=4, step=4),
+        dict(B=1, L=4, K=131, T=4, step=4, family="marginal", marginal=True),
+        dict(B=2, L=4, K=131, T=4, step=4, family="absorbing", top_k=9, top_p=0.8, guidance=2.0),
+    ),
     "pack": (dict(B=3, H=3, W=4, G=3, D=3), dict(B=3, H=3, W=4, G=2, region=True, short=2)),
     "unpack": (dict(B=3, H=3, W=4, G=3, D=9, shuffled=True), dict(B=2, H=3, W=4, G=2, shuffled=True, corner=True)),
     "unpack_backward": (dict(B=3, H=3, W=4, G=3, D=9, shuffled=True), dict(B=2, H=3, W=4, G=2)),
@@ -340,12 +350,30 @@ class TestPacking:
 @pytest.mark.parametrize("op", ["diffusion_loss", "p_sample"])
 def test_rows_that_do_not_fit_in_shared_memory_are_read_again_with_the_same_result(op):
     spec = SPEC[op]
-    cases = [spec.inputs(shape, dtype, "cpu", 4) for shape in spec.test_shapes[3:] for dtype in DTYPES[:3]]
+    shapes = [dict(shape) | {"L": min(shape["L"], 6)} for shape in spec.test_shapes[3:]]
+    cases = [spec.inputs(shape, dtype, "cpu", 4) for shape in shapes for dtype in DTYPES[:3]]
     calls = [simulator.CALLS[op](*args) for args in cases]
     for args, kept, again in zip(cases, simulator.run(calls), simulator.run(calls, shared_bytes=2048), strict=True):
         spec.check(simulator.result(op, again), args)
         for a, b in zip(kept, again, strict=True):
             assert torch.equal(a, b)
+
+
+def test_tokens_that_logits_cannot_matter_to_read_none():
+    """Absorbing diffusion's tokens that are not masked; in the loss also those of scale 0. AddressSanitizer watches."""
+    levels = torch.tensor([[1.0, 0.0], [0.6, 0.4], [0.2, 0.8]], dtype=torch.float64)
+    x_t = torch.arange(30).view(2, 15)
+    step = (x_t, torch.tensor([2, 1]), torch.tensor([1, 0]), levels, None)
+    key = random_key("cpu", 1)
+    draw = simulator.p_sample(torch.zeros(2, 15, 30), None, *step, None, False, 1.0, 1.0, 0, 1.0, key)
+    draw.buffers[0] = torch.zeros(1)
+    assert torch.equal(run_one(draw)[0], x_t)
+    for seen, scale, aux_weight in ((x_t, 1.0, 0.0), (torch.full_like(x_t, 30), 0.0, 0.5)):
+        arguments = (x_t, seen, *step[1:], torch.full((2, 15), scale, dtype=torch.float64), False, aux_weight, True)
+        loss = simulator.diffusion_loss(torch.zeros(2, 15, 30), *arguments)
+        loss.buffers[0] = torch.zeros(1)
+        for written in run_one(loss):
+            assert not written.any()
 
 
 class TestDiffusionLoss:
@@ -355,16 +383,16 @@ class TestDiffusionLoss:
         assert torch.equal(loss, run_one(simulator.diffusion_loss(*args))[0])
 
     def test_logits_of_minus_infinity_nan_and_certainty(self):
-        x0, x_t, t, s, alpha_bar = uniform_noised(dict(B=2, L=6, K=8, T=10), "cpu", 6)
+        x0, *step = noised(dict(B=2, L=6, K=8, T=10), "cpu", 6)
         logits = torch.randn(2, 6, 8)
         logits[:, 0] = torch.nan
         logits[:, 1, 3] = -torch.inf
         logits[:, 2] = -torch.inf
         logits[:, 3] = 200.0 * torch.nn.functional.one_hot(x0[:, 3], 8)
         logits[:, 4] = -200.0 * torch.nn.functional.one_hot(x0[:, 4], 8)
-        args = (logits, x0, x_t, t, s, alpha_bar, torch.ones(2, dtype=torch.float64), 0.0, True)
-        loss, grad = run_one(simulator.diffusion_loss(*loss_arguments(*args)))
-        want = reference_loss(logits.double(), *args[1:6], 0.0)
+        scale = torch.ones(2, 6, dtype=torch.float64)
+        loss, grad = run_one(simulator.diffusion_loss(logits, x0, *step, scale, False, 0.0, True))
+        want = diffusion_loss(logits.double(), x0, *step, False, 0.0)
         torch.testing.assert_close(loss.double(), want, rtol=2e-6, atol=2e-6, equal_nan=True)
         assert loss[:, [0, 2]].isnan().all() and grad[:, [1, 3, 4, 5]].isfinite().all()
 
@@ -372,32 +400,49 @@ class TestDiffusionLoss:
         x0 = torch.tensor([[5, -1], [1 << 40, 0]])
         t, s = torch.tensor([99, -5]), torch.tensor([-3, 1 << 50])
         alpha_bar = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
-        for K in (4, 5):
-            args = (torch.randn(2, 2, K), x0, x0.flip(0), t, s, alpha_bar)
-            scale = torch.ones(2, dtype=torch.float64)
-            run_one(simulator.diffusion_loss(*loss_arguments(*args, scale, 0.1, True)))
-            sample = sample_arguments(args[0], *args[2:], None, 1.0, random_key("cpu", 1))
-            [x_s] = run_one(simulator.p_sample(*sample))
-            assert x_s.min() >= 0 and x_s.max() < K
+        scale = torch.ones(2, 2, dtype=torch.float64)
+        for levels in (alpha_bar[:, None], torch.stack([alpha_bar, 0.7 * (1 - alpha_bar)], dim=1)):
+            for K in (4, 5):
+                logits = torch.randn(2, 2, K)
+                step = (x0.flip(0), t, s, levels, None)
+                run_one(simulator.diffusion_loss(logits, x0, *step, scale, True, 0.1, True))
+                sample = simulator.p_sample(logits, None, *step, None, True, 1.0, 1.0, 2, 0.9, random_key("cpu", 1))
+                [x_s] = run_one(sample)
+                assert x_s.min() >= 0 and x_s.max() < K + levels.shape[1] - 1
 
 
 class TestPSample:
     def test_given_positions_read_no_logits(self):
-        x0, x_t, t, s, alpha_bar = uniform_noised(dict(B=3, L=5, K=64, T=10), "cpu", 1)
-        args = sample_arguments(torch.zeros(3, 5, 64), x_t, t, s, alpha_bar, x0, 1.0, random_key("cpu", 1))
-        call = simulator.p_sample(*args)
+        x0, *step = noised(dict(B=3, L=5, K=64, T=10), "cpu", 1)
+        s = step[2]
+        key = random_key("cpu", 1)
+        call = simulator.p_sample(torch.zeros(3, 5, 64), None, *step, x0, False, 1.0, 1.0, 0, 1.0, key)
         call.buffers[0] = torch.zeros(1)
         [x_s] = run_one(call)
         assert torch.equal(x_s[s == 0], x0[s == 0]) and bool((s == 0).any())
 
     def test_a_row_that_is_nan_or_infinite_keeps_x_t(self):
-        _, x_t, t, s, alpha_bar = uniform_noised(dict(B=2, L=50, K=9, T=2), "cpu", 2)
+        _, *step = noised(dict(B=2, L=50, K=9, T=2), "cpu", 2)
         logits = torch.randn(2, 50, 9)
         logits[:, ::3], logits[:, 1::3, 4] = torch.nan, torch.nan
         logits[:, 2::3, 5] = torch.inf
-        args = sample_arguments(logits, x_t, t, s, alpha_bar, None, 1.0, random_key("cpu", 2))
-        [x_s] = run_one(simulator.p_sample(*args))
-        assert torch.equal(x_s, x_t)
+        for top_k, top_p in ((0, 1.0), (3, 1.0), (0, 0.5)):
+            args = (logits, None, *step, None, False, 1.0, 1.0, top_k, top_p, random_key("cpu", 2))
+            [x_s] = run_one(simulator.p_sample(*args))
+            assert torch.equal(x_s, step[0])
+
+    @pytest.mark.parametrize("value", [0.0, -3.25])
+    def test_of_equal_codes_the_lowest_are_kept(self, value):
+        """All codes have one score: top_k keeps the first, top_p the first of those whose share it asks for."""
+        B, L, K = 2, 60, 64
+        levels = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+        t, s = torch.ones(B, dtype=torch.int64), torch.zeros(B, dtype=torch.int64)
+        x_t = torch.full((B, L), K - 1)
+        for top_k, top_p, most in ((5, 1.0, 5), (0, 0.25, 16), (8, 0.5, 4)):
+            logits = torch.full((B, L, K), value)
+            args = (logits, None, x_t, t, s, levels, None, None, False, 1.0, 1.0, top_k, top_p, random_key("cpu", 5))
+            [x_s] = run_one(simulator.p_sample(*args))
+            assert sorted(set(x_s.flatten().tolist())) == list(range(most))
 
     def test_locates_the_code_at_which_the_cumulative_weight_passes_the_target(self):
         """Also on a boundary, at zero, and, as rounding can ask for, beyond the end: the last code of any weight."""
@@ -421,8 +466,9 @@ class TestPSample:
         logits = torch.full((B, L, K), -torch.inf, dtype=dtype)
         logits[..., [1, 4, K - 3]] = torch.tensor([0.0, 1.0, -1.0], dtype=dtype)
         for temperature in (1.0, 1e-40, 1e300):
-            args = (logits, torch.zeros(B, L, dtype=torch.int64), t, s, alpha_bar, None, temperature)
-            [x_s] = run_one(simulator.p_sample(*sample_arguments(*args, random_key("cpu", 3))))
+            step = (torch.zeros(B, L, dtype=torch.int64), t, s, alpha_bar[:, None], None)
+            args = (logits, None, *step, None, False, temperature, 1.0, 0, 1.0, random_key("cpu", 3))
+            [x_s] = run_one(simulator.p_sample(*args))
             drawn = {1: [1, 4, K - 3], 1e-40: [4], 1e300: [1, 4, K - 3]}[temperature]
             assert sorted(set(x_s.flatten().tolist())) == drawn
 

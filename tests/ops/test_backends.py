@@ -29,11 +29,9 @@ def names_of(shape) -> str:
 def test_matches_reference(spec, backend, device):
     op = getattr(torch.ops.vqfast, spec.op)
     with vqfast.backend(backend):
-        for shape in spec.test_shapes + spec.further_shapes:
+        for shape in spec.test_shapes:
             for dtype in spec.dtypes:
                 args = spec.inputs(shape, dtype, device, seed=1)
-                if shape in spec.further_shapes and registry.BACKENDS[backend].unsupported(spec.op, args):
-                    continue
                 try:
                     spec.check(op(*args), args)
                 except Exception as error:

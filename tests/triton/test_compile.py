@@ -40,7 +40,7 @@ INSTRUCTIONS = {
     "_lookup_backward_kernel": (set(), {"DFMA", "DADD"}),
     "_diffusion_loss_kernel": ({"MUFU"}, set()),
     "_p_sample_kernel": ({"MUFU"}, set()),
-    # Integer arithmetic but for the comparison.
+    # Integer arithmetic but for the comparisons.
     "_q_sample_kernel": ({"IMAD"}, {"DFMA", "HMMA"}),
 }
 # Spec op -> shapes, each of which launches other kernels, or the same with other constants.
@@ -49,9 +49,19 @@ SHAPES = {
     "lookup": [dict(N=64, K=32, D=65)],
     "lookup_backward": [dict(N=64, K=32, D=65)],
     "codebook_stats": [dict(N=4000, K=32, D=256, weighted=True)],
-    "q_sample": [dict(B=2, L=8, K=32, T=10)],
-    "diffusion_loss": [dict(B=1, L=2, K=1024, T=10), dict(B=1, L=2, K=5000, T=10)],
-    "p_sample": [dict(B=1, L=2, K=1024, T=10, known=True), dict(B=1, L=2, K=5000, T=10)],
+    "q_sample": [dict(B=2, L=8, K=32, T=10), dict(B=2, L=8, K=32, T=10, family="marginal")],
+    "diffusion_loss": [
+        dict(B=1, L=2, K=1024, T=10),
+        dict(B=1, L=2, K=5000, T=10),
+        dict(B=1, L=2, K=1024, T=10, family="mask_and_replace", marginal=True),
+        dict(B=1, L=2, K=1024, T=10, family="marginal", marginal=True),
+    ],
+    "p_sample": [
+        dict(B=1, L=2, K=1024, T=10, known=True),
+        dict(B=1, L=2, K=5000, T=10),
+        dict(B=1, L=2, K=1024, T=10, family="mask_and_replace", marginal=True, guidance=2.0, top_k=40, top_p=0.9),
+        dict(B=1, L=2, K=5000, T=10, family="marginal", top_k=40),
+    ],
     "pack": [dict(B=2, H=16, W=16, G=2, D=256), dict(B=2, H=16, W=16, G=3, region=True)],
     "unpack": [dict(B=2, H=16, W=16, G=2, D=256), dict(B=2, H=16, W=16, G=3, corner=True)],
     "unpack_backward": [dict(B=2, H=16, W=16, G=2, D=256), dict(B=2, H=16, W=16, G=3)],

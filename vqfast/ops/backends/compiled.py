@@ -20,9 +20,9 @@ def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
-def _levels(levels: Tensor, noise: Tensor | None) -> tuple[int, int, int, int]:
+def _levels(levels: Tensor, noise: Tensor | None, cumulative: Tensor | None = None) -> tuple[int, int, int, int, int]:
     """A family's tables as the extension takes them: vqfast_levels of csrc/include/vqfast.h."""
-    return levels.data_ptr(), levels.shape[0] - 1, levels.shape[1], _address(noise)
+    return levels.data_ptr(), levels.shape[0] - 1, levels.shape[1], _address(noise), _address(cumulative)
 
 
 class CompiledKernels:
@@ -170,9 +170,10 @@ class CompiledKernels:
         self, x0: Tensor, t: Tensor, levels: Tensor, noise: Tensor | None, codebook_size: int, key: Tensor
     ) -> Tensor:
         x0, t, levels, noise, key = _contiguous(x0, t, levels, noise, key)
+        cumulative = None if noise is None else noise.cumsum(0)
         x_t = x0.new_empty(x0.shape)
         self.extension.q_sample(
-            x0.data_ptr(), t.data_ptr(), _levels(levels, noise), *x0.shape, codebook_size, key.data_ptr(),
+            x0.data_ptr(), t.data_ptr(), _levels(levels, noise, cumulative), *x0.shape, codebook_size, key.data_ptr(),
             x_t.data_ptr(), *self.where(x0),
         )  # fmt: skip
         return x_t
@@ -235,11 +236,12 @@ class CompiledKernels:
     ) -> Tensor:
         logits, unconditional, x_t, t, s = _contiguous(logits, unconditional, x_t, t, s)
         levels, noise, known, key = _contiguous(levels, noise, known, key)
+        cumulative = None if noise is None else noise.cumsum(0)
         x_s = x_t.new_empty(x_t.shape)
         self.extension.p_sample(
             DTYPE[logits.dtype], logits.data_ptr(), _address(unconditional), x_t.data_ptr(), t.data_ptr(),
-            s.data_ptr(), _levels(levels, noise), *logits.shape, _address(known), marginal, temperature, guidance,
-            top_k, top_p, key.data_ptr(), x_s.data_ptr(), *self.where(logits),
+            s.data_ptr(), _levels(levels, noise, cumulative), *logits.shape, _address(known), marginal, temperature,
+            guidance, top_k, top_p, key.data_ptr(), x_s.data_ptr(), *self.where(logits),
         )  # fmt: skip
         return x_s
 

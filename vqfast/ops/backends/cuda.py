@@ -9,7 +9,6 @@ from torch import Tensor
 
 from vqfast.ops.backends.compiled import CompiledKernels
 from vqfast.ops.backends.layout import DTYPE
-from vqfast.ops.backends.uniform_only import beyond_uniform
 
 try:
     import vqfast._cuda as _cuda
@@ -50,7 +49,7 @@ def unsupported(op: str, args: tuple) -> str | None:
         return f"it has no kernel for {op}"
     if op == "codebook_stats" and args[1].numel() > _MOST_ROWS:
         return f"{args[1].numel()} vectors, at most {_MOST_ROWS}"
-    return beyond_uniform(op, args)
+    return None
 
 
 class _CudaKernels(CompiledKernels):

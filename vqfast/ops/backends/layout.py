@@ -1,4 +1,4 @@
-"""How a tensor of vectors is shown to compiled code: dtype codes and a (batch, rows, features) view of its memory."""
+"""What compiled code is shown of tensors: dtype codes, a (batch, rows, features) view of memory."""
 
 from typing import NamedTuple
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from vqfast.ops.backends.layout import as_rows
-from vqfast.ops.backends.uniform_only import beyond_uniform
 
 NAME = "triton"
 PRIORITY = 20
@@ -32,7 +31,7 @@ def unavailable(device_type: str) -> str | None:
 
 
 def unsupported(op: str, args: tuple) -> str | None:
-    return beyond_uniform(op, args) if op in KERNELS else f"it has no kernel for {op}"
+    return None if op in KERNELS else f"it has no kernel for {op}"
 
 
 def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,19 +104,16 @@ def _codebook_stats(x: Tensor, indices: Tensor, weights: Tensor | None, codebook
     return codebook_stats(_batches(x), indices.reshape(-1), weights, codebook_size)
 
 
-def _q_sample(x0: Tensor, t: Tensor, levels: Tensor, noise: None, codebook_size: int, key: Tensor) -> Tensor:
-    from vqfast.kernels.q_sample.triton import uniform_q_sample
+def _q_sample(x0: Tensor, *rest: Any) -> Tensor:
+    from vqfast.kernels.q_sample.triton import q_sample
 
-    return uniform_q_sample(x0, t, levels[:, 0], codebook_size, key)
+    return q_sample(x0, *rest)
 
 
-def _diffusion_loss(
-    logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor, levels: Tensor, noise: None, scale: Tensor,
-    marginal: bool, aux_weight: float, with_grad: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from vqfast.kernels.diffusion_loss.triton import uniform_diffusion_loss
+def _diffusion_loss(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    from vqfast.kernels.diffusion_loss.triton import diffusion_loss
 
-    return uniform_diffusion_loss(logits, x0, x_t, t, s, levels[:, 0], scale, aux_weight, with_grad)
+    return diffusion_loss(logits, *rest)
 
 
 def _scale_rows_(rows: Tensor, scale: Tensor) -> None:
@@ -126,13 +122,10 @@ def _scale_rows_(rows: Tensor, scale: Tensor) -> None:
     scale_rows_(rows, scale)
 
 
-def _p_sample(
-    logits: Tensor, unconditional: None, x_t: Tensor, t: Tensor, s: Tensor, levels: Tensor, noise: None,
-    known: Tensor | None, marginal: bool, temperature: float, guidance: float, top_k: int, top_p: float, key: Tensor,
-) -> Tensor:  # fmt: skip
-    from vqfast.kernels.p_sample.triton import uniform_p_sample
+def _p_sample(logits: Tensor, *rest: Any) -> Tensor:
+    from vqfast.kernels.p_sample.triton import p_sample
 
-    return uniform_p_sample(logits, x_t, t, s, levels[:, 0], known, temperature, key)
+    return p_sample(logits, *rest)
 
 
 def _pack(values: Tensor, grains: Tensor, region: bool, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

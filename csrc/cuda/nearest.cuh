@@ -23,11 +23,12 @@ struct SearchState {
   int code_size, row_size;  // size_of the largest value sampled; 0: there was none
 };
 
-constexpr int kSizeBias = 2048;  // above every exponent
+// A size is a float64's exponent, which for subnormals is all the same, made positive; 0 for zero and what is not finite.
+constexpr int kSizeBias = 1024;
 
 __device__ __forceinline__ int size_of(double v) {
   v = fabs(v);
-  return v > 0 && v < (double)INFINITY ? ilogb(v) + kSizeBias : 0;
+  return v > 0 && v < (double)INFINITY ? (int)(__double_as_longlong(v) >> 52) + 1 : 0;
 }
 
 // The type that a scale has in the scores.
@@ -42,10 +43,10 @@ struct ScaleOf<double> {
 
 // The power of two that brings values of this size to [1, 2), as far as the type of T's scale can hold it.
 __device__ __forceinline__ float power_of_two(int exponent, float) {
-  return ldexpf(1.0f, max(-120, min(120, exponent)));
+  return __int_as_float((127 + max(-120, min(120, exponent))) << 23);
 }
 __device__ __forceinline__ double power_of_two(int exponent, double) {
-  return ldexp(1.0, max(-1000, min(1000, exponent)));
+  return __longlong_as_double((long long)(1023 + max(-1000, min(1000, exponent))) << 52);
 }
 template <typename T>
 __device__ __forceinline__ typename ScaleOf<T>::type scale_of(int size) {
@@ -233,6 +234,7 @@ __global__ void __launch_bounds__(kSearchThreads, kSearchBlocksPerMultiprocessor
   VQFAST_SHARED(float, best, [8][kSearchThreads]);
   VQFAST_SHARED(float, second, [8][kSearchThreads]);
   VQFAST_SHARED(int, leader, [8][kSearchThreads]);
+  VQFAST_SHARED(typename ScaleOf<T>::type, scale, [1]);  // for want of a register
   const int thread = threadIdx.x, tx = thread % 16, ty = thread / 16;
   // What this thread loads: element i of the tile is (row, feature) + i * (row_step, feature_step).
   const int load_row = kAlongRows ? thread % kTileRows : thread / kTileFeatures;
@@ -245,7 +247,7 @@ __global__ void __launch_bounds__(kSearchThreads, kSearchBlocksPerMultiprocessor
   const int tiles = min(tiles_per_split, code_tiles - first_tile);
   const int steps_per_tile = (D + kTileFeatures - 1) / kTileFeatures;
   const int steps = tiles * steps_per_tile;
-  const typename ScaleOf<T>::type scale = row_scale<T>(metric, *state);
+  if (thread == 0) *scale = row_scale<T>(metric, *state);
 
   for (int64_t row_tile = blockIdx.x; row_tile < row_tiles; row_tile += gridDim.x) {
     const int64_t first_row = row_tile * kTileRows;
@@ -266,7 +268,7 @@ __global__ void __launch_bounds__(kSearchThreads, kSearchBlocksPerMultiprocessor
         if (d < D)
           x_next[i] =
               centred(x_from[kAlongRows ? i * feature_step * x.stride_feature : offsets[load_row + i * row_step]],
-                      codes.centre[d], scale);
+                      codes.centre[d], *scale);
       }
       c_next = *reinterpret_cast<const float4 *>(c_from);
       c_from += kTileFeatures * codes.pitch;
@@ -484,7 +486,7 @@ __device__ __forceinline__ int64_t exact_parts(int64_t open, int64_t blocks, int
 // Open rows, by exact distance among the codes that score enough. The grid is fixed and reads the number of open rows
 // on the device; a block takes one part of the codebook for one row, 256 codes at a time.
 template <typename T>
-__global__ void __launch_bounds__(kSearchThreads)
+__global__ void __launch_bounds__(kSearchThreads, 1)
     nearest_exact(vqfast_metric metric, Rows<T> x, int64_t D, const T *codebook, int64_t K, CentredCodes codes,
                   const SearchState *state, OpenRows open, Nearest *nearest) {
   VQFAST_SHARED(float, row, [kSearchThreads]);

@@ -53,7 +53,8 @@ def demangled(text: str) -> str:
     program = shutil.which("c++filt")
     if program is None:
         pytest.skip("no c++filt (binutils has it)")
-    return subprocess.run([program], input=text, capture_output=True, text=True, check=True).stdout
+    names = subprocess.run([program], input=text, capture_output=True, text=True, check=True).stdout
+    return names.replace("(anonymous namespace)::", "")
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,8 @@ def test_every_target_has_every_kernel(usage, extension):
         ("nearest_scores", 8), ("nearest_exact", 4), ("lookup_rows", 4), ("lookup_tiles", 4),
         ("lookup_backward_rows", 4), ("lookup_backward_tiles", 4), ("stats_sum", 4), ("diffusion_loss_rows", 8),
         ("scale_rows", 8), ("q_sample_tokens", 1), ("p_sample_rows", 8),
+        ("pack_rows", 1), ("pack_cells", 4), ("pack_tail", 4), ("unpack_slots", 1), ("unpack_grid", 8),
+        ("unpack_sum", 8), ("position_mask", 1), ("grain_entropy", 4),
     ]:  # fmt: skip
         assert sum(kernel.split("<")[0] == name for kernel in kernels) == instances, name
 

@@ -1,7 +1,8 @@
 """Every Triton kernel compiled ahead of time, as its launcher launches it: what it needs, what it is made of.
 
 `budget.json` records, for each version of Triton that it names, the registers a thread uses, the bytes it spills and
-the shared memory of a program. `python test_compile.py` writes what the installed version gives now.
+the shared memory of a program. `python test_compile.py` writes what the installed version gives now, and
+`python test_compile.py OP...` for the cases of these ops only.
 """
 
 import json
@@ -199,6 +200,8 @@ def budget() -> dict[str, dict[str, dict[str, int]]]:
 @pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing compiles")
 @pytest.mark.parametrize("case", CASES)
 def test_compiles_within_its_budget(case: str, budget: dict) -> None:
+    if case not in budget:
+        pytest.skip(f"budget.json has no record of {case} for triton {triton.__version__}")
     used = usages(case)
     assert used.keys() == budget[case].keys()
     for kernel, usage in used.items():
@@ -210,6 +213,13 @@ def test_compiles_within_its_budget(case: str, budget: dict) -> None:
         present = set(usage.instructions)
         assert required <= present, f"{kernel}: without {required - present}"
         assert not forbidden & present, f"{kernel}: {forbidden & present}"
+
+
+def test_the_first_version_in_the_budget_has_every_case() -> None:
+    """Others, which few machines have, may lag behind: their missing cases are skipped by name."""
+    version, recorded = next(iter(json.loads(BUDGET.read_text()).items()))
+    missing = CASES.keys() - recorded.keys()
+    assert not missing, f"record them with triton {version}: {sorted(missing)}"
 
 
 def test_nothing_in_the_budget_spills(budget: dict) -> None:
@@ -238,6 +248,8 @@ def test_another_number_of_rows_or_codes_compiles_nothing_new() -> None:
 
 if __name__ == "__main__":
     records = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
-    records[triton.__version__] = {case: record(case) for case in CASES}
+    written = [case for case in CASES if not sys.argv[1:] or case.split("-")[0] in sys.argv[1:]]
+    kept = {case: kernels for case, kernels in records.get(triton.__version__, {}).items() if case in CASES}
+    records[triton.__version__] = kept | {case: record(case) for case in written}
     BUDGET.write_text(json.dumps(records, indent=1) + "\n")
     sys.exit(0)

@@ -31,6 +31,8 @@ BUDGET = Path(__file__).with_name("budget.json")
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 # float32 everywhere; bfloat16 where it means another instruction mix, on one target.
 TARGETS = [(80, torch.float32), (90, torch.float32), (100, torch.float32), (90, torch.bfloat16)]
+# Of these, which move elements or are small, one target shows enough.
+ONE_TARGET = {"pack", "unpack", "unpack_backward", "position_mask", "grain_entropy"}
 # Kernel -> instructions that it must, and must not, be made of. HMMA and the like would be TF32: not the products that
 # the bound of the search is about. Float64 where float32 was meant would be slow on most devices.
 INSTRUCTIONS = {
@@ -161,6 +163,8 @@ def cases() -> dict[str, tuple[Callable[[], list[Launch]], int]]:
         for spec in (spec for spec in SPECS if spec.op in KERNELS):
             # Tokens have one dtype.
             if dtype != torch.float32 and spec.dtypes == (torch.int64,):
+                continue
+            if spec.op in ONE_TARGET and (capability, dtype) != (90, torch.float32):
                 continue
             for shape in SHAPES[spec.op] if capability == 90 and dtype == torch.float32 else SHAPES[spec.op][:1]:
 

@@ -83,12 +83,15 @@ class CodeBatches(Dataset):
 
     Args:
         codes: (N, h, w) integers: a tensor, or an array that may be mapped from disk.
-        labels: (N,) int64, or None where there are none.
+        labels: (N,) integers, as codes, or None where there are none.
         grains: (N, h', w') int64 of codes of variable length, or None.
     """
 
     def __init__(
-        self, codes: Tensor | np.ndarray, labels: Tensor | None = None, grains: Tensor | np.ndarray | None = None
+        self,
+        codes: Tensor | np.ndarray,
+        labels: Tensor | np.ndarray | None = None,
+        grains: Tensor | np.ndarray | None = None,
     ):
         self._codes, self._labels, self._grains = codes, labels, grains
 
@@ -99,7 +102,7 @@ class CodeBatches(Dataset):
         positions = visits % len(self)
         batch = {"codes": torch.as_tensor(self._codes[positions]).long()}
         if self._labels is not None:
-            batch["label"] = self._labels[positions]
+            batch["label"] = torch.as_tensor(self._labels[positions]).long()
         if self._grains is not None:
             batch["grains"] = torch.as_tensor(self._grains[positions]).long()
         return batch

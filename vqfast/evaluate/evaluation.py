@@ -242,9 +242,9 @@ def _batches(
 
 
 def _bar(batches: list, what: str, progress: bool) -> tqdm:
-    return tqdm(
-        batches, what, unit="batch", leave=False, disable=None if progress and rank_and_count()[0] == 0 else True
-    )
+    shown = progress and rank_and_count()[0] == 0
+    # None: shown where somebody looks.
+    return tqdm(batches, what, unit="batch", leave=False, disable=None if shown else True)
 
 
 def _images_per_s(count: int, seconds: float) -> float:

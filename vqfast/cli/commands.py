@@ -9,6 +9,7 @@ from vqfast.cli.compare_dqvae import CompareDQVAE
 from vqfast.cli.compare_generation import CompareGeneration
 from vqfast.cli.convert import Convert
 from vqfast.cli.demo import Demo
+from vqfast.cli.evaluate import Evaluate
 from vqfast.cli.generate import Inpaint, Reconstruct, Sample
 from vqfast.cli.presets import Presets
 from vqfast.cli.refit import Prune, Refit
@@ -63,6 +64,7 @@ COMMANDS = (
     | Annotated[Sample, subcommand("sample")]
     | Annotated[Inpaint, subcommand("inpaint")]
     | Annotated[Reconstruct, subcommand("reconstruct")]
+    | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Refit, subcommand("refit")]
     | Annotated[Prune, subcommand("prune")]
     | Annotated[Convert, subcommand("convert")]

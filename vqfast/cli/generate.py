@@ -62,9 +62,9 @@ class Sample:
     def execute(self) -> None:
         check_new(self.out)
         device = pick_device(self.device)
-        model, autoencoder, classes = _load(self.run, device)
+        model, autoencoder, classes = load_generator(self.run, device)
         labels = _choose_labels(self.labels, classes, self.n)
-        special = self._special_settings(model)
+        special = sampling_settings(self, model)
         drawn = model.sample(
             self.n,
             labels,
@@ -90,21 +90,6 @@ class Sample:
         subtitle = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
         save_grid(out / "samples.png", rows, title="Samples", subtitle=subtitle, labels=names)
         print(f"{out}: drew {self.n} images")
-
-    def _special_settings(self, model: nn.Module) -> dict[str, Any]:
-        """Settings that this kind of model takes and others do not, of those that were given."""
-        given = {
-            name: getattr(self, name)
-            for name in ("steps", "top_k", "top_p", "position_top_k", "derive_finest")
-            if getattr(self, name) not in (None, False)
-        }
-        taken = inspect.signature(model.sample).parameters
-        for name in given:
-            if name not in taken:
-                raise RunError(f"--{name.replace('_', '-')}: the {kind_of(model)} in {self.run} has no such setting")
-        if "steps" in given:
-            given["steps"] = _steps(self.steps, model)
-        return given
 
 
 @dataclass
@@ -141,7 +126,7 @@ class Inpaint:
     def execute(self) -> None:
         check_new(self.out)
         device = pick_device(self.device)
-        model, autoencoder, classes = _load(self.run, device, "vqddm")
+        model, autoencoder, classes = load_generator(self.run, device, "vqddm")
         data = open_dataset(self.data, image_size=autoencoder.config.image_size)
         check_channels(data, autoencoder)
         chosen = spread(data.indices(self.split), self.n)
@@ -265,20 +250,43 @@ def measure(autoencoder: Autoencoder, data: ImageData, split: str) -> tuple[dict
     return metrics, results
 
 
-def _load(run: Path, device: torch.device, *kinds: str) -> tuple[nn.Module, nn.Module, tuple[str, ...]]:
+def load_generator(
+    run: Path, device: torch.device, *kinds: str, checkpoint: Literal["last", "best"] = "last"
+) -> tuple[nn.Module, nn.Module, tuple[str, ...]]:
     """A model of codes, its autoencoder, and the names of its classes, empty for an unconditional model.
 
     Args:
         kinds: which it may be; none for any that generates.
+        checkpoint: of the model; see `load_model`.
     """
     found = open_run(run)
     kinds = kinds or tuple(_AUTOENCODERS)
     if found.kind not in kinds:
         raise RunError(f"{run}: holds a {found.kind} run, expected a {' or '.join(kinds)} run")
-    model = load_model(run, found.kind, device)
+    model = load_model(run, found.kind, device, checkpoint)
     classes = tuple(found.info.get("data", {}).get("classes", ())) if model.config.num_classes else ()
     folder = run / _AUTOENCODERS[found.kind]
     return model, load_model(folder, open_run(folder).kind, device), classes
+
+
+def sampling_settings(command: Any, model: nn.Module) -> dict[str, Any]:
+    """Settings of a command that this kind of model takes in sampling and others do not, of those that were given.
+
+    Raises:
+        RunError: one that the model has no use for.
+    """
+    given = {
+        name: getattr(command, name)
+        for name in ("steps", "top_k", "top_p", "position_top_k", "derive_finest")
+        if getattr(command, name) not in (None, False)
+    }
+    taken = inspect.signature(model.sample).parameters
+    for name in given:
+        if name not in taken:
+            raise RunError(f"--{name.replace('_', '-')}: the {kind_of(model)} in {command.run} has no such setting")
+    if "steps" in given:
+        given["steps"] = _steps(command.steps, model)
+    return given
 
 
 def _load_autoencoder(run: Path, device: torch.device) -> Autoencoder:

@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from vqfast.cli.generate import measure
 from vqfast.cli.train_vqgan import load_lpips
-from vqfast.cli.training import check_channels, describe, encode, open_square, pick_device, start, train_on_images
+from vqfast.cli.training import check_channels, describe, encode, pick_device, start, train_on_images
 from vqfast.data import ImageBatches, ImageData, open_dataset
 from vqfast.models.autoencoder import Autoencoder
 from vqfast.models.refit import GENERATOR_WEIGHT, collect_vectors, prune_codebook, rebuild_codebook
@@ -54,7 +54,7 @@ class Refit:
         processes = start(self)
         perceptual = load_lpips(self.lpips)
         model = load_autoencoder(self.run, pick_device(self.training.device))
-        data = open_square(self, model.config.image_size)
+        data = open_dataset(self.data, image_size=model.config.image_size)
         check_channels(data, model)
         size = self.codebook_size or model.config.codebook_size
         if self.vectors < size:

@@ -36,7 +36,7 @@ def write_settings(run: Path, command: str, settings: Any, resolved: dict[str, A
 
     values = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _LEFT_OUT}
     chosen = {name: resolved[name] for name, value in values.items() if value is None and name in resolved}
-    text = yaml.safe_dump({"format": FORMAT, "command": command} | _plain(values | chosen), sort_keys=False)
+    text = yaml.safe_dump({"format": FORMAT, "command": command} | plain(values | chosen), sort_keys=False)
     beside = run / f".{CONFIG_FILE}.{os.getpid()}"
     beside.write_text(text)
     beside.replace(run / CONFIG_FILE)
@@ -116,10 +116,10 @@ def _argument(name: str, value: Any, default: Any) -> list[str]:
     return [f"--{flag}", str(value)]
 
 
-def _plain(value: Any) -> Any:
-    """Of YAML's own types only."""
+def plain(value: Any) -> Any:
+    """Of the types that YAML and JSON have only."""
     if isinstance(value, dict):
-        return {name: _plain(v) for name, v in value.items()}
+        return {name: plain(v) for name, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return str(value) if isinstance(value, Path) else value

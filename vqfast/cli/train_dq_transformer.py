@@ -8,17 +8,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vqfast.cli.train_vqddm import copy_autoencoder, labels_of
+from vqfast.cli.latents import latents
+from vqfast.cli.train_vqddm import copy_autoencoder
 from vqfast.cli.training import (
     DYNAMIC_AUTOENCODER,
     begin,
     check_channels,
     describe,
-    encode_dynamic,
-    pick_device,
     start,
 )
-from vqfast.data import CodeBatches, open_dataset
+from vqfast.data import open_dataset
 from vqfast.models.dq_transformer import DQTransformer, DQTransformerConfig
 from vqfast.models.dqvae import DQVAE
 from vqfast.train import TrainConfig, load_model, train
@@ -88,14 +87,7 @@ class TrainDQTransformer:
         if processes.is_main_process:
             copy_autoencoder(self.dqvae, weights, self.out / DYNAMIC_AUTOENCODER)
 
-        autoencoder.to(pick_device(self.training.device))
-
-        def batches(split: str) -> CodeBatches:
-            codes, grains = encode_dynamic(autoencoder, data, split)
-            return CodeBatches(codes, labels_of(data, split), grains)
-
-        codes = batches("train")
-        held_out = batches("held-out") if data.held_out.any() else None
+        codes, held_out = latents(self, autoencoder, weights, data, processes)
 
         def pictures(model: DQTransformer, batch: dict[str, Tensor]) -> dict[str, Tensor]:
             """Held-out images as their codes show them, and as many samples of the same classes."""

@@ -22,6 +22,10 @@ class TrainDQVAE:
     """Folder of the run; made, and never overwritten."""
     image_size: int | None = None
     """Resize and crop all images to this many pixels a side. Default: their own size."""
+    random_crop_from: int | None = None
+    """Resize images to this many pixels a side, and train on squares of --image-size cut out at random."""
+    flip: bool = False
+    """Mirror training images left to right at random."""
     lpips: tuple[Path, ...] = ()
     """Files that hold the weights of LPIPS: see vqfast train vqgan. Default: no perceptual loss."""
     router: Literal["feature", "entropy", "random", "fixed"] = "feature"
@@ -71,8 +75,7 @@ class TrainDQVAE:
     def execute(self) -> None:
         processes = start(self)
         perceptual = load_lpips(self.lpips)
-        data = open_square(self, self.image_size)
-        size = data.image_size[0]
+        data, size = open_square(self)
         config = DQVAEConfig(
             image_size=size,
             in_channels=data.channels,
@@ -100,4 +103,4 @@ class TrainDQVAE:
         model = DQVAE(config, perceptual)
         if not model.has_perceptual_loss:
             processes.print("no perceptual loss: --lpips names no weights of it")
-        train_on_images(self, "train dqvae", model, data, processes)
+        train_on_images(self, "train dqvae", model, data, processes, flip=self.flip)

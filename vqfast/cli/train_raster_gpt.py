@@ -7,17 +7,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vqfast.cli.train_vqddm import copy_autoencoder, labels_of
+from vqfast.cli.latents import latents
+from vqfast.cli.train_vqddm import copy_autoencoder
 from vqfast.cli.training import (
     AUTOENCODER,
     begin,
     check_channels,
     describe,
-    encode,
-    pick_device,
     start,
 )
-from vqfast.data import CodeBatches, open_dataset
+from vqfast.data import open_dataset
 from vqfast.models.raster_gpt import RasterGPT, RasterGPTConfig
 from vqfast.train import TrainConfig, load_autoencoder, train
 from vqfast.train.checkpoint import WEIGHTS, newest_checkpoint
@@ -78,11 +77,7 @@ class TrainRasterGPT:
         if processes.is_main_process:
             copy_autoencoder(self.vqvae, weights, self.out / AUTOENCODER)
 
-        autoencoder.to(pick_device(self.training.device))
-        codes = CodeBatches(encode(autoencoder, data, "train"), labels_of(data, "train"))
-        held_out = None
-        if data.held_out.any():
-            held_out = CodeBatches(encode(autoencoder, data, "held-out"), labels_of(data, "held-out"))
+        codes, held_out = latents(self, autoencoder, weights, data, processes)
 
         def pictures(model: RasterGPT, batch: dict[str, Tensor]) -> dict[str, Tensor]:
             """Held-out images as their codes show them, and as many samples of the same classes."""

@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vqfast.cli.training import AUTOENCODER, begin, check_channels, describe, encode, pick_device, start
-from vqfast.data import CodeBatches, ImageData, open_dataset
+from vqfast.cli.latents import latents
+from vqfast.cli.training import AUTOENCODER, begin, check_channels, describe, start
+from vqfast.data import ImageData, open_dataset
 from vqfast.models.vqddm import VQDDM, VQDDMConfig
 from vqfast.train import TrainConfig, load_autoencoder, train
 from vqfast.train.checkpoint import INDEX, WEIGHTS, newest_checkpoint
@@ -87,12 +88,7 @@ class TrainVQDDM:
         if processes.is_main_process:
             copy_autoencoder(self.vqvae, weights, self.out / AUTOENCODER)
 
-        device = pick_device(self.training.device)
-        autoencoder.to(device)
-        codes = CodeBatches(encode(autoencoder, data, "train"), labels_of(data, "train"))
-        held_out = None
-        if data.held_out.any():
-            held_out = CodeBatches(encode(autoencoder, data, "held-out"), labels_of(data, "held-out"))
+        codes, held_out = latents(self, autoencoder, weights, data, processes)
 
         def pictures(model: VQDDM, batch: dict[str, Tensor]) -> dict[str, Tensor]:
             """Held-out images as their codes show them, and as many samples of the same classes."""

@@ -25,6 +25,10 @@ class TrainVQGAN:
     """Folder of the run; made, and never overwritten."""
     image_size: int | None = None
     """Resize and crop all images to this many pixels a side. Default: their own size."""
+    random_crop_from: int | None = None
+    """Resize images to this many pixels a side, and train on squares of --image-size cut out at random."""
+    flip: bool = False
+    """Mirror training images left to right at random."""
     lpips: tuple[Path, ...] = ()
     """Files that hold the weights of LPIPS: VGG16's (torchvision's names) and the linear layers', or a checkpoint of a
     training of taming's VQGAN, which has both. Default: no perceptual loss."""
@@ -66,8 +70,7 @@ class TrainVQGAN:
     def execute(self) -> None:
         processes = start(self)
         perceptual = load_lpips(self.lpips)
-        data = open_square(self, self.image_size)
-        size = data.image_size[0]
+        data, size = open_square(self)
         config = VQGANConfig(
             image_size=size,
             in_channels=data.channels,
@@ -91,7 +94,7 @@ class TrainVQGAN:
         model = VQGAN(config, perceptual)
         if not model.has_perceptual_loss:
             processes.print("no perceptual loss: --lpips names no weights of it")
-        train_on_images(self, "train vqgan", model, data, processes)
+        train_on_images(self, "train vqgan", model, data, processes, flip=self.flip)
 
 
 def load_lpips(paths: tuple[Path, ...]) -> LPIPS | None:

@@ -21,6 +21,10 @@ class TrainVQVAE:
     """Folder of the run; made, and never overwritten."""
     image_size: int | None = None
     """Resize and crop all images to this many pixels a side. Default: their own size."""
+    random_crop_from: int | None = None
+    """Resize images to this many pixels a side, and train on squares of --image-size cut out at random."""
+    flip: bool = False
+    """Mirror training images left to right at random."""
     channels: int = 64
     """Base width of the network; a multiple of 32."""
     mults: tuple[int, ...] | None = None
@@ -46,8 +50,7 @@ class TrainVQVAE:
 
     def execute(self) -> None:
         processes = start(self)
-        data = open_square(self, self.image_size)
-        size = data.image_size[0]
+        data, size = open_square(self)
         config = VQVAEConfig(
             image_size=size,
             in_channels=data.channels,
@@ -62,4 +65,4 @@ class TrainVQVAE:
             reconstruction_loss=self.reconstruction_loss,
         )
         torch.manual_seed(self.training.seed)
-        train_on_images(self, "train vqvae", VQVAE(config), data, processes)
+        train_on_images(self, "train vqvae", VQVAE(config), data, processes, flip=self.flip)

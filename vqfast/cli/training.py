@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vqfast.cli.settings import write_settings
-from vqfast.data import DataError, ImageBatches, ImageData, open_dataset
+from vqfast.data import DataError, ImageBatches, ImageData, open_dataset, read_ahead
 from vqfast.models.autoencoder import Autoencoder
 from vqfast.models.dqvae import DQVAE, DynamicCodes
 from vqfast.models.registry import kind_of
@@ -30,22 +30,26 @@ _NAMES = {"vqvae": "VQ-VAE", "vqgan": "VQGAN", "dqvae": "DQ-VAE"}
 
 def encode(autoencoder: Autoencoder, data: ImageData, split: str) -> Tensor:
     """Codes of a split of the data: (N, h, w) int64 on the CPU."""
-    return torch.cat([codes.cpu() for codes in _encoded(autoencoder, data, split)])
+    return torch.cat([codes.cpu() for _, codes in encoded(autoencoder, data, split)])
 
 
 def encode_dynamic(autoencoder: DQVAE, data: ImageData, split: str) -> DynamicCodes:
     """Codes (N, H, W) and grains (N, h, w) of a split of the data, on the CPU."""
-    parts = [(part.codes.cpu(), part.grains.cpu()) for part in _encoded(autoencoder, data, split)]
+    parts = [(part.codes.cpu(), part.grains.cpu()) for _, part in encoded(autoencoder, data, split)]
     return DynamicCodes(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
-def _encoded(autoencoder: nn.Module, data: ImageData, split: str) -> Iterator[Any]:
-    """What the autoencoder's `encode` gives, batch by batch."""
-    batches = ImageBatches(data, split)
+def encoded(
+    autoencoder: nn.Module, data: ImageData, split: str, workers: int = 0
+) -> Iterator[tuple[dict[str, Tensor], Any]]:
+    """The batches of a split, read by so many processes, and what the autoencoder's `encode` gives for each."""
+    images = ImageBatches(data, split)
     device = next(autoencoder.parameters()).device
-    for positions in tqdm(torch.arange(len(batches)).split(256), desc=f"encoding {split}", unit="batch", leave=False):
+    places = [positions.numpy() for positions in torch.arange(len(images)).split(256)]
+    bar = tqdm(read_ahead(images, places, workers), f"encoding {split}", len(places), unit="batch", leave=False)
+    for batch in bar:
         with torch.no_grad():
-            yield autoencoder.encode(batches[positions.numpy()]["image"].to(device))
+            yield batch, autoencoder.encode(batch["image"].to(device))
 
 
 def check_channels(data: ImageData, autoencoder: Autoencoder | DQVAE) -> None:
@@ -112,17 +116,22 @@ def begin(command: Any, name: str, info: dict[str, Any], processes: PartialState
     processes.wait_for_everyone()
 
 
-def open_square(command: Any, image_size: int | None) -> ImageData:
-    """The images of a command's `data`, all of one square size.
+def open_square(command: Any) -> tuple[ImageData, int]:
+    """The images of a command's `data`, all of one square size, and the side in pixels that its model is to have.
+
+    With random_crop_from they are larger than the model's, which gets a part of each.
 
     Raises:
-        DataError: they cannot be read, or are not square.
+        DataError: they cannot be read, or are not square, or smaller than their parts.
     """
-    data = open_dataset(command.data, image_size=image_size)
+    whole, size = command.random_crop_from, command.image_size
+    if whole is not None and (size is None or size > whole):
+        raise DataError(f"--random-crop-from {whole}: expected an --image-size of at most as many pixels, got {size}")
+    data = open_dataset(command.data, image_size=whole or size)
     height, width = data.image_size
     if height != width:
         raise DataError(f"{command.data}: images of {width}x{height} pixels: choose a square with --image-size")
-    return data
+    return data, size or height
 
 
 def train_on_images(
@@ -132,22 +141,34 @@ def train_on_images(
     data: ImageData,
     processes: PartialState,
     settings: dict[str, Any] | None = None,
+    *,
+    flip: bool = False,
 ) -> nn.Module:
     """Begin the run of a command, and train its model on images.
 
     Args:
         command, name, processes: as for `begin`.
         model: of a kind that the registry knows.
-        data: its images.
-        settings: sections of run.json beside model, data and training.
+        data: its images; where they are larger than the model's, training sees a random part of each at every visit,
+            and the look at held-out ones their middle.
+        settings: sections of run.json beside model, data, augmentation and training.
+        flip: mirror training images at random.
 
     Returns:
         The model to use, in eval mode.
     """
-    info = {"model": asdict(model.config), "data": describe(data), "training": asdict(command.training)}
+    size, seed = model.config.image_size, command.training.seed
+    crops = data.image_size[0] != size
+    info = {
+        "model": asdict(model.config),
+        "data": describe(data),
+        # None where there is none, as in runs from before there was any.
+        "augmentation": {"random_crop": size if crops else None, "flip": flip or None},
+        "training": asdict(command.training),
+    }
     begin(command, name, info | (settings or {}), processes, kind=kind_of(model))
-    images = ImageBatches(data)
-    held_out = ImageBatches(data, "held-out") if data.held_out.any() else None
+    images = ImageBatches(data, crop=size, augment=crops or flip, flip=flip, seed=seed)
+    held_out = ImageBatches(data, "held-out", crop=size) if data.held_out.any() else None
     model = train(model, images, command.training, command.out, held_out=held_out, resume=command.resume)
     steps = command.training.steps
     processes.print(f"{command.out}: trained a {_NAMES[kind_of(model)]} for {steps} steps on {len(images)} images")

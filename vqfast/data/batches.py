@@ -1,12 +1,12 @@
 """From stored images or codes to the batches that a model's `training_step` takes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vqfast.data.augment import Augmentation, middle
 from vqfast.data.errors import DataError
@@ -36,6 +36,7 @@ class ImageBatches(Dataset):
         augment: cut at a random place and mirror at random, by the visit; otherwise the middle is cut.
         flip: with augment, mirror too.
         seed: of the augmentation.
+        most: images, the first of the split; None gives all.
 
     Raises:
         DataError: a crop larger than the images.
@@ -50,12 +51,13 @@ class ImageBatches(Dataset):
         augment: bool = False,
         flip: bool = False,
         seed: int = 0,
+        most: int | None = None,
     ):
         if crop is not None and crop > min(data.image_size):
             height, width = data.image_size
             raise DataError(f"{data.source}: a crop of {crop} pixels from images of {width}x{height}")
         self._data = data
-        self._positions = data.indices(split)
+        self._positions = data.indices(split)[:most]
         self._crop = crop
         self._augment = Augmentation(crop, flip, seed) if augment else None
 
@@ -81,12 +83,15 @@ class CodeBatches(Dataset):
 
     Args:
         codes: (N, h, w) integers: a tensor, or an array that may be mapped from disk.
-        labels: (N,) int64, or None where there are none.
+        labels: (N,) integers, as codes, or None where there are none.
         grains: (N, h', w') int64 of codes of variable length, or None.
     """
 
     def __init__(
-        self, codes: Tensor | np.ndarray, labels: Tensor | None = None, grains: Tensor | np.ndarray | None = None
+        self,
+        codes: Tensor | np.ndarray,
+        labels: Tensor | np.ndarray | None = None,
+        grains: Tensor | np.ndarray | None = None,
     ):
         self._codes, self._labels, self._grains = codes, labels, grains
 
@@ -97,10 +102,26 @@ class CodeBatches(Dataset):
         positions = visits % len(self)
         batch = {"codes": torch.as_tensor(self._codes[positions]).long()}
         if self._labels is not None:
-            batch["label"] = self._labels[positions]
+            batch["label"] = torch.as_tensor(self._labels[positions]).long()
         if self._grains is not None:
             batch["grains"] = torch.as_tensor(self._grains[positions]).long()
         return batch
+
+
+def read_ahead(
+    dataset: Dataset, visits: Iterable[np.ndarray], workers: int = 0, *, pinned: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """Batches in order, prepared ahead.
+
+    Args:
+        dataset: indexed by an array of visits, gives a batch of tensors.
+        visits: an array for each batch.
+        workers: processes that prepare batches; 0 prepares each when it is asked for.
+        pinned: in memory that a GPU copies from at once.
+    """
+    # A generator of its own: the loader would draw from the global one.
+    numbers = torch.Generator()
+    return iter(DataLoader(dataset, None, sampler=visits, num_workers=workers, pin_memory=pinned, generator=numbers))
 
 
 class ShuffledSteps(Sampler):

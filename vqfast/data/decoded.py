@@ -53,7 +53,9 @@ def decode_all(members: Members, image_size: int | None) -> tuple[np.ndarray, np
     # Threads: pillow decodes outside the interpreter lock.
     with ThreadPoolExecutor() as pool:
         decoded = pool.map(lambda i: _decode(members, i, image_size), range(len(members)))
-        for i, image in enumerate(tqdm(decoded, "reading images", len(members), False, unit="image", delay=1)):
+        # Shown where somebody looks: an error's one line must not follow the remains of a bar in a log.
+        bar = tqdm(decoded, "reading images", len(members), False, unit="image", delay=1, disable=None)
+        for i, image in enumerate(bar):
             if isinstance(image, str):
                 broken.append((members.names[i], image))
             else:

@@ -57,7 +57,7 @@ def shard_members(source: str, paths: list[Path]) -> Members:
     A class is the text of .cls, or "label" (else "cls") of .json; either all images have one or none.
     """
     names, places, labels = [], [], []
-    with tqdm(paths, desc="indexing shards", unit="shard", leave=False, delay=1) as bar:
+    with tqdm(paths, desc="indexing shards", unit="shard", leave=False, delay=1, disable=None) as bar:
         for shard, path in enumerate(bar):
             for key, image, label in _samples(path):
                 names.append(f"{path.name}:{image.name}")

@@ -1,4 +1,6 @@
-"""How evenly a codebook is used."""
+"""How evenly a codebook is used, and how many codes images have."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ def codebook_usage(codes: Tensor, codebook_size: int, *, times: int = 1) -> floa
         codebook_size: K.
         times: how often a code must occur to count; ReFiT's measure takes 10 (arXiv 2112.01799).
     """
-    return (_counts(codes, codebook_size) >= times).sum().item() / codebook_size
+    return _usage(_counts(codes, codebook_size), times)
 
 
 def perplexity(codes: Tensor, codebook_size: int) -> float:
@@ -20,16 +22,61 @@ def perplexity(codes: Tensor, codebook_size: int) -> float:
 
     0 for no codes.
     """
-    counts = _counts(codes, codebook_size).double()
-    if counts.sum() == 0:
-        return 0.0
-    return torch.exp(torch.special.entr(counts / counts.sum()).sum()).item()
+    return _perplexity(_counts(codes, codebook_size))
+
+
+@dataclass(frozen=True)
+class CodeCounts:
+    """How often each code occurs in some images; two of them add up to those of both sets.
+
+    counts: (K,) int64. images: how many. least, most: codes of an image.
+    """
+
+    counts: Tensor
+    images: int
+    least: int
+    most: int
+
+    @classmethod
+    def of(cls, codes: Tensor, lengths: Tensor, codebook_size: int) -> "CodeCounts":
+        """Of the codes of images, one after the other in any shape, and how many each has, (N,) int64."""
+        return cls(_counts(codes, codebook_size).cpu(), len(lengths), int(lengths.min()), int(lengths.max()))
+
+    def __add__(self, other: "CodeCounts") -> "CodeCounts":
+        return CodeCounts(
+            self.counts + other.counts,
+            self.images + other.images,
+            min(self.least, other.least),
+            max(self.most, other.most),
+        )
+
+    def figures(self) -> dict[str, float]:
+        """Codes of an image (mean, least, most), usage, usage with a code counted from 10 times on, perplexity."""
+        return {
+            "codes_mean": self.counts.sum().item() / self.images,
+            "codes_least": self.least,
+            "codes_most": self.most,
+            "codebook_size": len(self.counts),
+            "codebook_usage": _usage(self.counts, 1),
+            "codebook_usage_10": _usage(self.counts, 10),
+            "perplexity": _perplexity(self.counts),
+        }
 
 
 def copied(codes: Tensor, training: Tensor) -> float:
     """Share of the code grids (N, ...) that occur among those of the training images (M, ...): 0..1."""
     known = set(map(tuple, training.flatten(1).tolist()))
     return sum(tuple(grid) in known for grid in codes.flatten(1).tolist()) / max(len(codes), 1)
+
+
+def _usage(counts: Tensor, times: int) -> float:
+    return (counts >= times).sum().item() / len(counts)
+
+
+def _perplexity(counts: Tensor) -> float:
+    if counts.sum() == 0:
+        return 0.0
+    return torch.exp(torch.special.entr(counts.double() / counts.sum()).sum()).item()
 
 
 def _counts(codes: Tensor, codebook_size: int) -> Tensor:

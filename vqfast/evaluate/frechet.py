@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqfast.data import to_float
+from vqfast.evaluate.moments import Moments
 
 _BATCH = 128
 
@@ -93,10 +94,23 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
             f"one, other: expected features (N, D) and (M, D) of at least two images, got {tuple(one.shape)} and "
             f"{tuple(other.shape)}"
         )
-    one, other = one.double(), other.double()
-    covariances = one.T.cov(), other.T.cov()
-    values, vectors = torch.linalg.eigh(covariances[0])
+    return frechet_of_moments(Moments.of(one), Moments.of(other))
+
+
+def frechet_of_moments(one: Moments, other: Moments) -> float:
+    """`frechet_distance` of features of which nothing but the moments is left.
+
+    Raises:
+        ValueError: moments of fewer than two images, or of features of another size.
+    """
+    if one.mean.shape != other.mean.shape or min(one.count, other.count) < 2:
+        raise ValueError(
+            f"one, other: expected moments of at least two images each and of one size, got {one.count} images of "
+            f"{len(one.mean)} features and {other.count} of {len(other.mean)}"
+        )
+    # tr (C1 C2)^(1/2) by symmetric matrices, which stays real where a covariance is not of full rank.
+    values, vectors = torch.linalg.eigh(one.covariance)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0).sqrt().sum()
-    distance = (one.mean(0) - other.mean(0)).square().sum() + sum(c.trace() for c in covariances) - 2 * cross
-    return max(float(distance), 0.0)
+    cross = torch.linalg.eigvalsh(root @ other.covariance @ root).clamp(min=0).sqrt().sum()
+    traces = one.covariance.trace() + other.covariance.trace()
+    return max(float((one.mean - other.mean).square().sum() + traces - 2 * cross), 0.0)

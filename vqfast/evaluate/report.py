@@ -49,6 +49,14 @@ def table(figures: Sequence[Figure]) -> str:
     )
 
 
+def figure_table(rows: Sequence[tuple[str, str]]) -> str:
+    """Names and values as a Markdown table that lines up as plain text."""
+    rows = [("figure", "value"), *rows]
+    left, right = (max(len(row[i]) for row in rows) for i in range(2))
+    lines = [f"| {name:<{left}} | {value:>{right}} |" for name, value in rows]
+    return "\n".join([lines[0], f"| {'-' * left} | {'-' * (right - 1)}: |", *lines[1:]])
+
+
 def write_report(
     path: Path,
     *,

@@ -102,6 +102,21 @@ class RasterGPT(nn.Module):
         return {"loss": loss, "bits_per_dim": loss.detach() / math.log(2)}
 
     @torch.no_grad()
+    def bits_per_dim(self, codes: Tensor, labels: Tensor | int | None = None) -> Tensor:
+        """-log2 p(codes) per code, (B,) float64.
+
+        Args:
+            codes: (B, H, W) or (B, L) int64.
+            labels: (B,) int64, or one class for all.
+        """
+        c = self.config
+        codes = flat_codes("codes", codes, c.grid)
+        labels = sampling_labels(labels, len(codes), c.num_classes, c.class_dropout, self.device)
+        with evaluating(self):
+            nats = F.cross_entropy(self(codes, labels).transpose(1, 2).double(), codes, reduction="none")
+        return nats.mean(1) / math.log(2)
+
+    @torch.no_grad()
     def sample(
         self,
         n: int,

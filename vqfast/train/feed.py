@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from vqfast.data import ShuffledSteps
+from vqfast.data import ShuffledSteps, read_ahead
 from vqfast.train.config import TrainConfig
 from vqfast.train.evaluation import to_device
 
@@ -32,16 +32,8 @@ class Feed:
 
     def steps(self, start: int) -> Iterator[list[dict[str, Tensor]]]:
         """The batches of each step from `start` on."""
-        loader = DataLoader(
-            self._dataset,
-            sampler=self._places(start, self._config.steps, self._rank),
-            batch_size=None,
-            num_workers=self._config.workers,
-            pin_memory=self._device.type == "cuda",
-            # Of its own: it would draw from the global one.
-            generator=torch.Generator(),
-        )
-        batches = iter(loader)
+        places = self._places(start, self._config.steps, self._rank)
+        batches = read_ahead(self._dataset, places, self._config.workers, pinned=self._device.type == "cuda")
         for _ in range(start, self._config.steps):
             yield [to_device(next(batches), self._device) for _ in range(self._config.accumulation)]
 

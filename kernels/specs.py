@@ -11,6 +11,7 @@ from vqfast.kernels.pack.spec import SPEC as PACK
 from vqfast.kernels.position_mask.spec import SPEC as POSITION_MASK
 from vqfast.kernels.posterior.spec import SPEC as POSTERIOR
 from vqfast.kernels.q_sample.spec import SPEC as Q_SAMPLE
+from vqfast.kernels.transition_matmul.spec import SPEC as TRANSITION_MATMUL
 from vqfast.kernels.unpack.spec import BACKWARD_SPEC as UNPACK_BACKWARD
 from vqfast.kernels.unpack.spec import SPEC as UNPACK
 
@@ -23,6 +24,7 @@ SPECS = (
     POSTERIOR,
     DIFFUSION_LOSS,
     P_SAMPLE,
+    TRANSITION_MATMUL,
     PACK,
     UNPACK,
     UNPACK_BACKWARD,

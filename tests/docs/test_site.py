@@ -25,7 +25,8 @@ def test_every_public_name_is_in_the_reference(site):
     pages = "".join(page.read_text() for page in (site / "reference").glob("*.html"))
     described = set(re.findall(r'id="(vqfast\.[\w.]+)"', pages))
     # vqfast.diffusion hands these on from vqfast.ops.
-    documented_elsewhere = {"Uniform", "Absorbing", "MaskAndReplace", "Marginal", "Transition", "prior_kl"}
+    families = {"Uniform", "Absorbing", "MaskAndReplace", "Marginal", "Gaussian", "Nearest", "SymmetricRate", "Dense"}
+    documented_elsewhere = families | {"Transition", "prior_kl"}
     for package in PACKAGES:
         module = importlib.import_module(package)
         for name in module.__all__:

@@ -8,7 +8,7 @@ import torch
 
 from vqfast.models.unet import UNet
 from vqfast.models.vqddm import VQDDM, VQDDMConfig
-from vqfast.ops import Absorbing, Marginal, MaskAndReplace, Uniform
+from vqfast.ops import Absorbing, Gaussian, Marginal, MaskAndReplace, Uniform
 
 K, T = 8, 12
 FAMILIES = {
@@ -16,6 +16,7 @@ FAMILIES = {
     "absorbing": (Absorbing, dict(schedule="reciprocal")),
     "mask_and_replace": (MaskAndReplace, dict(rule="marginal", schedule="vq_diffusion")),
     "marginal": (Marginal, dict(marginal=(0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.0))),
+    "gaussian": (Gaussian, dict(betas=(0.1, 2.0))),
 }
 # Eight patterns among 4096 grids: runs of four codes.
 PATTERNS = (torch.arange(K)[:, None] + torch.arange(4)) % K
@@ -91,7 +92,8 @@ def test_uniform_noise_has_the_published_number_of_parameters():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (dict(transition="gaussian"), "transition: expected one of uniform, absorbing, mask_and_replace, marginal"),
+        (dict(transition="dense"), "transition: expected one of uniform, absorbing, mask_and_replace, marginal, gaus"),
+        (dict(transition="gaussian", betas=(0.0, 1.0)), "betas: expected two numbers above 0"),
         (dict(transition="marginal"), "marginal: expected 8 probabilities"),
         (dict(transition="mask_and_replace", mask_share=1.5), "mask_share: expected a share in 0..1"),
     ],

@@ -52,7 +52,7 @@ class DiscreteDiffusion(nn.Module):
     """Turns a denoiser into training losses and bounds.
 
     Args:
-        transition: the forward chain, of any family.
+        transition: the forward chain, of any family, in closed form or through matrices.
         rule: "joint" or "marginal", see vqfast.ops.posterior. Sample with the same one.
         parameterisation: "x0": the denoiser's output is the logits of x_0; "residual": it is added to the
             one-hot of x_t, so that the denoiser predicts the noise (VQ-DDM, arXiv 2112.01799); a masked x_t adds

@@ -110,6 +110,29 @@ def mask_and_replace(
     return tables[0], tables[1]
 
 
+def gaussian_betas(T: int, *, first: float = 1e-4, last: float = 0.02) -> Tensor:
+    """Widths of the steps of `vqfast.ops.Gaussian`, linear in t.
+
+    The defaults are those of D3PM (Austin et al. 2021) for 256 grey levels. In K codes a step moves next to no token
+    while beta is far below 4 / (K - 1)^2: raise them for small K.
+
+    Args:
+        T: number of noise levels, at least 1; with T = 1 the last value counts.
+        first, last: beta at levels 1 and T, above 0.
+
+    Returns:
+        (T,) float64.
+
+    Raises:
+        ValueError: T, first or last out of range.
+    """
+    _levels(T)
+    if not (first > 0 and last > 0):
+        raise ValueError(f"first, last: expected numbers above 0, got {first!r}, {last!r}")
+    position = torch.arange(T, dtype=torch.float64) / (T - 1) if T > 1 else torch.ones(1, dtype=torch.float64)
+    return first + (last - first) * position
+
+
 SCHEDULES: dict[str, Callable[[int], Tensor]] = {
     "cosine": cosine,
     "cosine_released": cosine_released,

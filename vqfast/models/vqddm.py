@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from vqfast.diffusion import (
     Absorbing,
     DiscreteDiffusion,
+    Gaussian,
     Marginal,
     MaskAndReplace,
     Transition,
     Uniform,
+    gaussian_betas,
     mask_and_replace,
     sample,
     schedule,
@@ -24,7 +26,7 @@ from vqfast.models.unet import UNet
 from vqfast.ops.checks import describe
 
 DENOISERS = ("unet", "transformer")
-TRANSITIONS = ("uniform", "absorbing", "mask_and_replace", "marginal")
+TRANSITIONS = ("uniform", "absorbing", "mask_and_replace", "marginal", "gaussian")
 
 
 @dataclass
@@ -38,7 +40,8 @@ class VQDDMConfig:
     transition: family of the forward chain, one of TRANSITIONS, see vqfast.ops. T, schedule: its tables, see
         vqfast.diffusion.schedules; for "mask_and_replace" also "vq_diffusion", the tables of that paper's code.
     mask_share: for "mask_and_replace", which share of the noise is the mask state. marginal: for "marginal", the K
-        probabilities of the noise.
+        probabilities of the noise. betas: for "gaussian", in place of schedule, the first and the last width of a
+        step, see vqfast.diffusion.gaussian_betas.
     num_classes: None for an unconditional model. class_dropout: share of labels dropped in training, which
         guidance and unconditional samples need.
     rule, parameterisation, aux_weight, time_sampling, weighting: see vqfast.diffusion.DiscreteDiffusion.
@@ -56,6 +59,7 @@ class VQDDMConfig:
     schedule: str = "cosine"
     mask_share: float = 0.9
     marginal: tuple[float, ...] | None = None
+    betas: tuple[float, float] = (1e-4, 0.02)
     num_classes: int | None = None
     class_dropout: float = 0.1
     rule: str = "joint"
@@ -74,6 +78,9 @@ class VQDDMConfig:
             raise ValueError(f"transition: expected one of {', '.join(TRANSITIONS)}, got {self.transition!r}")
         if not 0 <= self.mask_share <= 1:
             raise ValueError(f"mask_share: expected a share in 0..1, got {self.mask_share!r}")
+        self.betas = tuple(self.betas)
+        if len(self.betas) != 2 or not min(self.betas) > 0:
+            raise ValueError(f"betas: expected two numbers above 0, got {self.betas}")
         if self.marginal is not None:
             self.marginal = tuple(float(p) for p in self.marginal)
         if self.transition == "marginal" and len(self.marginal or ()) != self.codebook_size:
@@ -88,6 +95,8 @@ def build_transition(config: VQDDMConfig) -> Transition:
     K = config.codebook_size
     if config.transition == "mask_and_replace" and config.schedule == "vq_diffusion":
         return MaskAndReplace(K, *mask_and_replace(config.T))
+    if config.transition == "gaussian":
+        return Gaussian(K, gaussian_betas(config.T, first=config.betas[0], last=config.betas[1]))
     alpha_bar = schedule(config.schedule, config.T)
     if config.transition == "absorbing":
         return Absorbing(K, alpha_bar)

@@ -1,8 +1,9 @@
 """vqfast's operations on tensors."""
 
 from vqfast.ops.registry import backend  # isort: skip  (first: it registers the ops that the others bind)
-from vqfast.ops.diffusion import diffusion_loss, p_sample, posterior, prior_kl, q_sample
+from vqfast.ops.diffusion import diffusion_loss, p_sample, posterior, prior_kl, q_sample, transition_matmul
 from vqfast.ops.dynamic import DynamicQuantized, code_weights, dynamic_quantize, grain_budget_loss
+from vqfast.ops.matrix_transitions import Dense, Gaussian, Nearest, SymmetricRate
 from vqfast.ops.packing import Packed, grain_entropy, pack, position_mask, unpack
 from vqfast.ops.padded import Padded, from_padded, special_tokens, to_padded
 from vqfast.ops.prepare import PreparedCodebook, prepare
@@ -11,13 +12,17 @@ from vqfast.ops.transitions import Absorbing, Marginal, MaskAndReplace, Transiti
 
 __all__ = [
     "Absorbing",
+    "Dense",
     "DynamicQuantized",
+    "Gaussian",
     "Marginal",
     "MaskAndReplace",
+    "Nearest",
     "Packed",
     "Padded",
     "PreparedCodebook",
     "Quantized",
+    "SymmetricRate",
     "Transition",
     "Uniform",
     "backend",
@@ -39,5 +44,6 @@ __all__ = [
     "quantize",
     "special_tokens",
     "to_padded",
+    "transition_matmul",
     "unpack",
 ]

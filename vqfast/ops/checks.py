@@ -107,8 +107,7 @@ def _indices(indices: Tensor, codebook_size: int) -> None:
     _check_range("indices", indices, -1, codebook_size - 1, f"K = {codebook_size}; -1 is masked")
 
 
-def _levels(t: Tensor, s: Tensor, levels: Tensor) -> None:
-    T = levels.shape[0] - 1
+def _steps(t: Tensor, s: Tensor, T: int) -> None:
     _check_range("t", t, 1, T, f"T = {T}")
     _check_range("s", s, 0, T - 1, f"T = {T}, s < t")
     if bool((s >= t).any()):
@@ -146,7 +145,7 @@ def _q_sample(x0: Tensor, t: Tensor, levels: Tensor, noise: Tensor | None, codeb
 
 
 def _posterior(logits, x_t, t, s, levels, noise, marginal) -> None:
-    _levels(t, s, levels)
+    _steps(t, s, levels.shape[0] - 1)
     _states("x_t", x_t, logits.shape[-1], levels)
     _no_nan("logits", logits)
 
@@ -168,6 +167,31 @@ def _pack(values: Tensor, grains: Tensor, region: bool, capacity: int) -> None:
 
 def _position_mask(positions, grain_ids, grain, Hc, Wc, num_grains, vocab_size) -> None:
     _check_range("grain", grain, 0, num_grains - 1, f"{num_grains} grains")
+
+
+def check_chain_values(
+    T: int,
+    K: int,
+    t: Tensor,
+    s: Tensor | None = None,
+    *,
+    known: Tensor | None = None,
+    logits: Tensor | None = None,
+    unconditional: Tensor | None = None,
+    **codes: Tensor,
+) -> None:
+    """The value checks of diffusion ops that are several kernels: without s, t may be 0. Not in a traced graph."""
+    if torch.compiler.is_compiling() or not (t.is_cpu or checking()):
+        return
+    if s is None:
+        _check_range("t", t, 0, T, f"T = {T}; 0 is data")
+    else:
+        _steps(t, s, T)
+    for name, value in codes.items():
+        _codes(name, value, K)
+    _known(known, K)
+    _no_nan("logits", logits)
+    _no_nan("unconditional", unconditional)
 
 
 _VALUE_CHECKS = {

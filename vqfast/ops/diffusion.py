@@ -3,8 +3,11 @@
 import torch
 from torch import Tensor
 
+from vqfast.kernels.posterior.reference import noise_vector, shares
 from vqfast.kernels.posterior.reference import posterior as _posterior_in_torch
-from vqfast.ops.checks import check_device, check_float, check_int64, describe
+from vqfast.ops import matrix_diffusion
+from vqfast.ops.checks import check_chain_values, check_device, check_float, check_int64, describe
+from vqfast.ops.matrix_transitions import MatrixTransition
 from vqfast.ops.reduction import ordered_sum
 from vqfast.ops.transitions import Transition
 
@@ -35,20 +38,27 @@ def _level(name: str, value: int | Tensor, batch: int, device: torch.device) -> 
 def _check_transition(transition: object) -> None:
     if not isinstance(transition, Transition):
         raise TypeError(
-            "transition: expected a family of vqfast.ops (Uniform, Absorbing, MaskAndReplace, Marginal), "
-            f"got {type(transition).__name__}"
+            "transition: expected a family of vqfast.ops (Uniform, Absorbing, MaskAndReplace, Marginal, Gaussian, "
+            f"Nearest, SymmetricRate, Dense), got {type(transition).__name__}"
         )
 
 
-def _check_logits(logits: Tensor, transition: Transition) -> tuple[int, int]:
+def _check_logits(logits: Tensor, transition: Transition, name: str = "logits") -> tuple[int, int]:
     """(B, L) of logits (B, L, K)."""
-    check_float("logits", logits)
+    check_float(name, logits)
     _check_transition(transition)
     if logits.ndim != 3:
-        raise ValueError(f"logits: expected three dimensions (B, L, K), got {describe(logits)}")
+        raise ValueError(f"{name}: expected three dimensions (B, L, K), got {describe(logits)}")
     if logits.shape[-1] != transition.codebook_size:
-        raise ValueError(f"logits: expected K = {transition.codebook_size} of {transition}, got {describe(logits)}")
+        raise ValueError(f"{name}: expected K = {transition.codebook_size} of {transition}, got {describe(logits)}")
     return logits.shape[0], logits.shape[1]
+
+
+def _span(t: int | Tensor, s: int | Tensor | None) -> int:
+    """t - s where it is known without a look at a device, else 0."""
+    if s is None:
+        return 1
+    return t - s if isinstance(t, int) and isinstance(s, int) else 0
 
 
 def _is_marginal(rule: str) -> bool:
@@ -84,8 +94,12 @@ def q_sample(
         raise error(f"x0: expected an int64 tensor of shape (B, L), got {describe(x0)}")
     level = _level("t", t, x0.shape[0], x0.device)
     check_device("x0", x0, t=level)
+    key = _key(generator, x0.device)
+    if isinstance(transition, MatrixTransition):
+        check_chain_values(transition.T, transition.codebook_size, level, x0=x0)
+        return matrix_diffusion.q_sample(x0, level, transition, key)
     levels, noise = transition.tables_on(x0.device)
-    return _q_sample(x0, level, levels, noise, transition.codebook_size, _key(generator, x0.device))
+    return _q_sample(x0, level, levels, noise, transition.codebook_size, key)
 
 
 class _Posterior(torch.autograd.Function):
@@ -133,8 +147,12 @@ def posterior(
     B, L = _check_logits(logits, transition)
     marginal = _is_marginal(rule)
     check_int64("x_t", x_t, (B, L), "(B, L)")
+    span = _span(t, s)
     t, s = _level("t", t, B, logits.device), _level("s", s, B, logits.device)
     check_device("logits", logits, x_t=x_t, t=t, s=s)
+    if isinstance(transition, MatrixTransition):
+        check_chain_values(transition.T, transition.codebook_size, t, s, logits=logits, x_t=x_t)
+        return matrix_diffusion.posterior(logits, x_t, t, s, transition, marginal, span).to(logits.dtype)
     return _Posterior.apply(logits, x_t, t, s, *transition.tables_on(logits.device), marginal)
 
 
@@ -221,6 +239,7 @@ def diffusion_loss(
     marginal = _is_marginal(rule)
     check_int64("x0", x0, (B, L), "(B, L)")
     check_int64("x_t", x_t, (B, L), "(B, L)")
+    span = _span(t, s)
     t = _level("t", t, B, logits.device)
     s = t - 1 if s is None else _level("s", s, B, logits.device)
     if reduction not in ("mean", "sum", "none"):
@@ -242,6 +261,14 @@ def diffusion_loss(
             raise ValueError(f"mask: expected shape (B, L) = ({B}, {L}), got {describe(mask)}")
     check_device("logits", logits, x0=x0, x_t=x_t, t=t, s=s, weights=weights, class_weights=class_weights, mask=mask)
     scale = _scale(x0, weights, class_weights, mask, reduction)
+    if isinstance(transition, MatrixTransition):
+        check_chain_values(transition.T, transition.codebook_size, t, s, logits=logits, x0=x0, x_t=x_t)
+        # A token that does not count may hold anything, NaN among it.
+        counts = scale != 0
+        read = logits.where(counts[..., None], 0)
+        loss = matrix_diffusion.token_loss(read, x0, x_t, t, s, transition, marginal, float(aux_weight), span)
+        loss = (loss.where(counts, 0) * scale).to(torch.promote_types(logits.dtype, torch.float32))
+        return ordered_sum(loss) if reduction != "none" else loss
     levels, noise = transition.tables_on(logits.device)
     # Asked here: inside the function the gradient mode is off, and needs_input_grad does not know of no_grad.
     with_grad = torch.is_grad_enabled() and logits.requires_grad
@@ -305,6 +332,7 @@ def p_sample(
     B, L = _check_logits(logits, transition)
     marginal = _is_marginal(rule)
     check_int64("x_t", x_t, (B, L), "(B, L)")
+    span = _span(t, s)
     t, s = _level("t", t, B, logits.device), _level("s", s, B, logits.device)
     if known is not None:
         check_int64("known", known, (B, L), "(B, L)")
@@ -320,12 +348,47 @@ def p_sample(
             raise ValueError(f"unconditional: expected {describe(logits)} as logits is, got {describe(unconditional)}")
         unconditional = unconditional.detach()
     check_device("logits", logits, unconditional=unconditional, x_t=x_t, t=t, s=s, known=known)
-    levels, noise = transition.tables_on(logits.device)
     key = _key(generator, logits.device)
-    return _p_sample(
-        logits.detach(), unconditional, x_t, t, s, levels, noise, known, marginal, float(temperature),
-        1.0 if guidance is None else float(guidance), top_k, top_p, key,
-    )  # fmt: skip
+    options = marginal, float(temperature), 1.0 if guidance is None else float(guidance), top_k, top_p, key
+    if isinstance(transition, MatrixTransition):
+        check_chain_values(
+            transition.T, transition.codebook_size, t, s, logits=logits, unconditional=unconditional, known=known,
+            x_t=x_t,
+        )  # fmt: skip
+        return matrix_diffusion.p_sample(logits.detach(), unconditional, x_t, t, s, transition, known, *options, span)
+    levels, noise = transition.tables_on(logits.device)
+    return _p_sample(logits.detach(), unconditional, x_t, t, s, levels, noise, known, *options)
+
+
+def transition_matmul(p: Tensor, t: int | Tensor, transition: Transition) -> Tensor:
+    """Distributions of codes sent through the chain to level t: p Q_1 ... Q_t, for any family.
+
+    q(x_t) = sum_k q(x_t | x_0 = k) p(x_0 = k) (D3PM, Austin et al. 2021, eq. 3). O(K) a row in closed form, products
+    with (K, K) matrices else; never a matrix for each sample's level.
+
+    Args:
+        p: (B, L, K) float; its rows need not sum to 1.
+        t: noise level in 0..T, an int or (B,) int64; 0 returns p.
+        transition: the forward chain.
+
+    Returns:
+        (B, L, transition.states), dtype of p; computed in float64 through matrices. Gradient to p.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes, devices or values other than these.
+    """
+    B, L = _check_logits(p, transition, "p")
+    t = _level("t", t, B, p.device)
+    check_device("p", p, t=t)
+    check_chain_values(transition.T, transition.codebook_size, t)
+    if isinstance(transition, MatrixTransition):
+        return transition.product(p, None, t).to(p.dtype)
+    levels, noise = transition.tables_on(p.device)
+    wide = p.to(torch.promote_types(p.dtype, torch.float32))
+    alpha, rho, gamma = (v[:, None, None].to(wide.dtype) for v in shares(levels, t.clamp(0, transition.T)))
+    total = wide.sum(-1, keepdim=True)
+    codes = alpha * wide + rho * total * noise_vector(noise, transition.codebook_size, levels).to(wide.dtype)
+    return (codes if transition.mask_id is None else torch.cat([codes, gamma * total], dim=-1)).to(p.dtype)
 
 
 def prior_kl(transition: Transition) -> Tensor:
@@ -334,6 +397,8 @@ def prior_kl(transition: Transition) -> Tensor:
     The prior is `transition.prior()`. Infinite where q(x_T | x_0) has what the prior has not: absorbing diffusion
     whose alpha_bar does not end at 0.
     """
+    if isinstance(transition, MatrixTransition):
+        return matrix_diffusion.prior_kl(transition)
     alpha = transition.alpha_bar[-1]
     prior = transition.prior()[: transition.codebook_size]
     # The prior is q(x_T | x_0) / (1 - alpha) away from x_0: a ratio of 1 - alpha there, of `more` at x_0. In log1p

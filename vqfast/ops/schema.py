@@ -117,6 +117,21 @@ def _p_sample(
     return x_t.new_empty(x_t.shape)
 
 
+def _transition_matmul(
+    rows: Tensor,
+    s: Tensor | None,
+    t: Tensor,
+    steps: Tensor,
+    diagonal: Tensor | None,
+    cumulative: Tensor,
+    blocks: Tensor,
+    stride: int,
+    transpose: bool,
+    span: int,
+) -> Tensor:
+    return steps.new_empty(*rows.shape[:2], steps.shape[-1])
+
+
 def _pack(values: Tensor, grains: Tensor, region: bool, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         values.new_empty((capacity, *values.shape[3:])),
@@ -191,6 +206,12 @@ _define(
     "p_sample(Tensor logits, Tensor? unconditional, Tensor x_t, Tensor t, Tensor s, Tensor levels, Tensor? noise, "
     "Tensor? known, bool marginal, float temperature, float guidance, SymInt top_k, float top_p, Tensor key) -> Tensor",
     _p_sample,
+)
+# steps, diagonal: (T, K, K) matrices and None, or (T, K) bands and (T, K). rows: (B, L, K), or (B, L) codes.
+_define(
+    "transition_matmul(Tensor rows, Tensor? s, Tensor t, Tensor steps, Tensor? diagonal, Tensor cumulative, "
+    "Tensor blocks, int stride, bool transpose, int span) -> Tensor",
+    _transition_matmul,
 )
 _define("pack(Tensor values, Tensor grains, bool region, SymInt capacity) -> (Tensor, Tensor, Tensor, Tensor)", _pack)
 _define(

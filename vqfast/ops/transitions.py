@@ -1,7 +1,7 @@
-"""Transition families of discrete diffusion: what the forward chain does to a token.
+"""Transition families of discrete diffusion in closed form: what the forward chain does to a token.
 
-Every family is one closed form. A token keeps its code with probability alpha_bar_t, is masked with probability
-gamma_bar_t, and is otherwise replaced by a code drawn from a fixed distribution m:
+Those that take a matrix are in `matrix_transitions`. Here a token keeps its code with probability alpha_bar_t, is
+masked with probability gamma_bar_t, and is otherwise replaced by a code drawn from a fixed distribution m:
 
     q(x_t | x_0) = alpha_bar_t [x_t = x_0] + (1 - alpha_bar_t - gamma_bar_t) m(x_t) + gamma_bar_t [x_t = mask]
 
@@ -39,11 +39,34 @@ def _check_alpha_bar(alpha_bar: object) -> Tensor:
 
 
 class Transition:
-    """What the ops read of a family. Make one of `Uniform`, `Absorbing`, `MaskAndReplace` or `Marginal`.
+    """What the ops read of a family, whether in closed form or through matrices.
+
+    Make one of `Uniform`, `Absorbing`, `MaskAndReplace`, `Marginal`, `Gaussian`, `Nearest`, `SymmetricRate`, `Dense`.
 
     Attributes:
         codebook_size: K. T: number of noise levels.
         states: K, or K + 1 with a mask state. mask_id: K, or None.
+        noise: (K,) float64 distribution of a code of which nothing is left, or None for 1 / K each.
+    """
+
+    codebook_size: int
+    T: int
+    states: int
+    mask_id: int | None = None
+    noise: Tensor | None
+
+    def prior(self) -> Tensor:
+        """(states,) float64: the distribution of x_T that a sampler starts from."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(codebook_size={self.codebook_size}, T={self.T})"
+
+
+class ClosedForm(Transition):
+    """A family of two numbers a level. Make one of `Uniform`, `Absorbing`, `MaskAndReplace` or `Marginal`.
+
+    Attributes, besides those of `Transition`:
         levels: (T + 1, 1) float64, alpha_bar; with a mask state (T + 1, 2), alpha_bar and gamma_bar. On the device
             that the tables were given on.
         noise: (K,) float64 distribution m that replaces codes, or None for 1 / K each.
@@ -101,11 +124,8 @@ class Transition:
         share = torch.where(masked + replaced > 0, masked / (masked + replaced), 1.0)
         return torch.cat([(1 - share) * noise, share[None]])
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(codebook_size={self.codebook_size}, T={self.T})"
 
-
-class Uniform(Transition):
+class Uniform(ClosedForm):
     """Multinomial diffusion: a token stays, or is replaced by one of the K codes drawn uniformly.
 
     q(x_t | x_0) = alpha_bar_t [x_t = x_0] + (1 - alpha_bar_t) / K (Hoogeboom et al. 2021, eq. 12; VQ-DDM, section 3).
@@ -124,7 +144,7 @@ class Uniform(Transition):
         super().__init__(codebook_size, _check_alpha_bar(alpha_bar)[:, None])
 
 
-class Absorbing(Transition):
+class Absorbing(ClosedForm):
     """Masking: a token stays, or becomes the mask state K for good.
 
     D3PM (Austin et al. 2021), section 3.1; Unleashing Transformers (Bond-Taylor et al. 2022).
@@ -142,7 +162,7 @@ class Absorbing(Transition):
         super().__init__(codebook_size, torch.stack([table, 1 - table], dim=1))
 
 
-class MaskAndReplace(Transition):
+class MaskAndReplace(ClosedForm):
     """A token stays, is replaced by a code drawn uniformly, or becomes the mask state K for good.
 
     VQ-Diffusion (Gu et al. 2022), eq. 7.
@@ -178,7 +198,7 @@ class MaskAndReplace(Transition):
         super().__init__(codebook_size, torch.stack([alpha, mask], dim=1))
 
 
-class Marginal(Transition):
+class Marginal(ClosedForm):
     """A token stays, or is replaced by a code drawn from a fixed distribution, such as that of the training codes.
 
     Args:

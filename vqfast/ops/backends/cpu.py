@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from vqfast.kernels.transition_matmul.library import by_samples
 from vqfast.ops.backends.compiled import CompiledKernels
 from vqfast.ops.backends.layout import DTYPE, METRIC
 
@@ -39,4 +40,7 @@ def _nearest_prepare(codebook: Tensor, metric: str) -> Tensor:
     return prepared
 
 
-KERNELS = CompiledKernels(_cpu).kernels() | {"nearest_prepare": _nearest_prepare}
+KERNELS = CompiledKernels(_cpu).kernels() | {
+    "nearest_prepare": _nearest_prepare,
+    "transition_matmul": by_samples,
+}

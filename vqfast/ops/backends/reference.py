@@ -13,6 +13,7 @@ from vqfast.kernels.pack.reference import pack
 from vqfast.kernels.position_mask.reference import position_mask
 from vqfast.kernels.posterior.reference import posterior
 from vqfast.kernels.q_sample.reference import q_sample
+from vqfast.kernels.transition_matmul.library import by_batches
 from vqfast.kernels.unpack.reference import unpack, unpack_backward
 
 NAME = "reference"
@@ -102,6 +103,7 @@ KERNELS = {
     "diffusion_loss": _diffusion_loss,
     "scale_rows_": _scale_rows_,
     "p_sample": p_sample,
+    "transition_matmul": by_batches,
     "pack": pack,
     "unpack": unpack,
     "unpack_backward": unpack_backward,

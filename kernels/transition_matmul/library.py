@@ -1,0 +1,132 @@
+"""The products by the BLAS of the device, from those that were made ahead and the steps that are left.
+
+By samples, where their levels can be looked at for nothing; by batches, where that would be a device sync.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from vqfast.kernels.transition_matmul.reference import step_matrix
+
+# Matrices that a batch writes out at a time, in elements: 256 MB in float64.
+_WRITTEN_OUT = 1 << 25
+
+
+def products_ahead(steps: Tensor, diagonal: Tensor | None, stride: int) -> tuple[Tensor, Tensor]:
+    """cumulative and blocks (T // stride, K, K) of the reference, all blocks at once and then one after another."""
+    K, n = steps.shape[-1], steps.shape[0] // stride
+    blocks = torch.eye(K, dtype=steps.dtype, device=steps.device).repeat(n, 1, 1)
+    for i in range(stride):
+        at = slice(i, n * stride, stride)
+        blocks = blocks @ step_matrix(steps[at], None if diagonal is None else diagonal[at])
+    cumulative = blocks.clone()
+    for i in range(1, n):
+        torch.matmul(cumulative[i - 1], blocks[i], out=cumulative[i])
+    return cumulative, blocks
+
+
+def factors(s: int, t: int, stride: int, from_data: bool) -> Iterator[tuple[str, int]]:
+    """The factors of Q_{s+1} ... Q_t in order: ("cumulative", i), ("blocks", i) or ("steps", i), rows of the tables."""
+    level = s
+    if from_data and t >= stride:
+        yield "cumulative", t // stride - 1
+        level = t - t % stride
+    while level < t:
+        if level % stride == 0 and level + stride <= t:
+            yield "blocks", level // stride
+            level += stride
+        else:
+            yield "steps", level
+            level += 1
+
+
+def by_samples(
+    rows: Tensor,
+    s: Tensor | None,
+    t: Tensor,
+    steps: Tensor,
+    diagonal: Tensor | None,
+    cumulative: Tensor,
+    blocks: Tensor,
+    stride: int,
+    transpose: bool,
+    span: int,
+) -> Tensor:
+    """`transition_matmul` of the reference; samples of the same levels share their products. Reads s and t."""
+    K = steps.shape[-1]
+    codes = rows.dtype == torch.int64
+    out = steps.new_empty(*rows.shape[:2], K)
+    levels = list(zip([0] * t.shape[0] if s is None else s.tolist(), t.tolist(), strict=True))
+
+    def matrix(table: str, index: int) -> Tensor:
+        if table == "steps":
+            found = step_matrix(steps[index], None if diagonal is None else diagonal[index])
+        else:
+            found = (cumulative if table == "cumulative" else blocks)[index]
+        return found.T if transpose else found
+
+    for pair in dict.fromkeys(levels):
+        members = [b for b, other in enumerate(levels) if other == pair]
+        product = rows if len(members) == len(levels) else rows[members]
+        path = list(factors(*pair, stride, s is None))
+        for i, factor in enumerate(path[::-1] if transpose else path):
+            # The first factor of a one-hot is a row of it.
+            product = matrix(*factor)[product] if codes and i == 0 else product.to(steps.dtype) @ matrix(*factor)
+        out[members] = one_hot(product, K).to(steps.dtype) if codes and not path else product.to(steps.dtype)
+    return out
+
+
+def _slots(s: Tensor | None, t: Tensor, T: int, stride: int, span: int) -> list[tuple[str, Tensor]]:
+    """`factors` of every sample at once: (table, (B,) index, -1 where a sample skips it), as many for any levels."""
+    n, none = T // stride, torch.full_like(t, -1)
+    if s is None:
+        slots = [("cumulative", t // stride - 1)] if n else []
+        base = t - t % stride
+        return slots + [("steps", torch.where(base + i < t, base + i, none)) for i in range(min(stride - 1, T))]
+    if 0 < span <= 2 * stride:
+        return [("steps", s + i) for i in range(span)]
+    first, last = (s + stride - 1) // stride * stride, t - t % stride  # the blocks between
+    head = torch.minimum(first, t)
+    slots = [("steps", torch.where(s + i < head, s + i, none)) for i in range(min(stride - 1, T))]
+    for j in range(n):
+        slots.append(("blocks", torch.where((first <= j * stride) & ((j + 1) * stride <= t), j, none)))
+    tail = torch.maximum(last, head)
+    return slots + [("steps", torch.where(tail + i < t, tail + i, none)) for i in range(min(stride - 1, T))]
+
+
+def by_batches(
+    rows: Tensor,
+    s: Tensor | None,
+    t: Tensor,
+    steps: Tensor,
+    diagonal: Tensor | None,
+    cumulative: Tensor,
+    blocks: Tensor,
+    stride: int,
+    transpose: bool,
+    span: int,
+) -> Tensor:
+    """`transition_matmul` of the reference without a look at s or t: every sample goes through as many products."""
+    K, T = steps.shape[-1], steps.shape[0]
+    product = (one_hot(rows, K) if rows.dtype == torch.int64 else rows).to(steps.dtype)
+    tables = {"cumulative": cumulative, "blocks": blocks}
+    chunk = max(_WRITTEN_OUT // (K * K), 1)
+    slots = _slots(s, t.clamp(0, T), T, stride, span)
+    for table, index in reversed(slots) if transpose else slots:
+        some = index.clamp(min=0)
+        parts = []
+        for rows_here, here, skipped in zip(
+            product.split(chunk), some.split(chunk), (index < 0).split(chunk), strict=True
+        ):
+            if table == "steps":
+                matrix = step_matrix(steps[here], None if diagonal is None else diagonal[here])
+            else:
+                matrix = tables[table][here]
+            parts.append(
+                torch.where(skipped[:, None, None], rows_here, rows_here @ (matrix.mT if transpose else matrix))
+            )
+        product = torch.cat(parts)
+    return product

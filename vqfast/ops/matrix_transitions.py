@@ -1,0 +1,260 @@
+"""Transition families of discrete diffusion through matrices: what cannot be said in two numbers a level.
+
+D3PM (Austin et al. 2021): q(x_t | x_{t-1} = i) is row i of a (K, K) matrix Q_t. Tables and products are float64. No
+family keeps T matrices that it was not given: `Gaussian` and `Dense` keep about 2 sqrt(T) products and make the rest of
+them step by step, `SymmetricRate` and `Nearest` keep one basis.
+"""
+
+from math import isqrt
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from vqfast.kernels.transition_matmul.library import products_ahead
+from vqfast.ops.checks import describe
+from vqfast.ops.transitions import Transition
+
+# How far a row that is given may be from the sum 1, and a rate from symmetry.
+_TOLERANCE = 1e-6
+
+_matmul = torch.ops.vqfast.transition_matmul.default
+
+
+def _check_float_table(name: str, table: object, shape: str) -> Tensor:
+    if not isinstance(table, Tensor) or not table.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor {shape}, got {describe(table)}")
+    return table.detach().double()
+
+
+class MatrixTransition(Transition):
+    """A family without a mask state whose transitions are products of rows with matrices."""
+
+    _tables: dict[torch.device, tuple[Tensor | None, ...]]
+
+    def __init__(self, codebook_size: int, T: int, tables: tuple[Tensor | None, ...], device: torch.device):
+        self.codebook_size = self.states = codebook_size
+        self.T = T
+        self._tables = {device: tables}
+        self.noise = None
+
+    def tables_on(self, device: torch.device) -> tuple[Tensor | None, ...]:
+        """The family's float64 tables on `device`, copied there once."""
+        tables = self._tables.get(device)
+        if tables is None:
+            first = next(iter(self._tables.values()))
+            tables = self._tables[device] = tuple(None if table is None else table.to(device) for table in first)
+        return tables
+
+    @property
+    def device(self) -> torch.device:
+        """Of the tables that the family was made of."""
+        return next(iter(self._tables))
+
+    def product(self, rows: Tensor, s: Tensor | None, t: Tensor, *, transpose: bool = False, span: int = 0) -> Tensor:
+        """rows Q_{s+1} ... Q_t, or with `transpose` rows (Q_{s+1} ... Q_t)^T. Gradient to rows.
+
+        Args:
+            rows: (B, L, K) float, or (B, L) int64 codes for their one-hots.
+            s, t: (B,) int64, 0 <= s <= t <= T; s None for 0.
+            span: t - s where it is known to be the same number everywhere, else 0.
+
+        Returns:
+            (B, L, K) float64.
+        """
+        raise NotImplementedError
+
+    def last_rows(self) -> Tensor:
+        """(K, K) float64: row k is q(x_T | x_0 = k)."""
+        codes = torch.arange(self.codebook_size, device=self.device)[None]
+        return self.product(codes, None, torch.full((1,), self.T, device=self.device))[0]
+
+    def prior(self) -> Tensor:
+        """(K,) float64: the mean of q(x_T | x_0) over all x_0, 1 / K each where the matrices are doubly stochastic."""
+        K = self.codebook_size
+        return (
+            self.noise if self.noise is not None else torch.full((K,), 1 / K, dtype=torch.float64, device=self.device)
+        )
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, s, t, steps, diagonal, cumulative, blocks, stride, transpose, span):
+        tables = steps, diagonal, cumulative, blocks
+        ctx.save_for_backward(s, t, *tables)
+        ctx.options = stride, transpose, span
+        ctx.dtype = rows.dtype
+        return _matmul(rows, s, t, *tables, stride, transpose, span)
+
+    @staticmethod
+    def backward(ctx, grad):
+        s, t, *tables = ctx.saved_tensors
+        stride, transpose, span = ctx.options
+        grad_rows = _matmul(grad, s, t, *tables, stride, not transpose, span)
+        return grad_rows.to(ctx.dtype), *([None] * 9)
+
+
+class _Chain(MatrixTransition):
+    """Steps that need not commute, with the products of blocks of `stride` steps made ahead."""
+
+    def __init__(self, steps: Tensor, diagonal: Tensor | None, stride: int | None):
+        T, K = steps.shape[:2]
+        if stride is None:
+            stride = max(isqrt(T), 1)
+        if not isinstance(stride, int) or isinstance(stride, bool) or not 1 <= stride <= T:
+            raise ValueError(f"stride: expected a whole number of levels in 1..{T} (T = {T}), got {stride!r}")
+        self.stride = stride
+        tables = steps, diagonal, *products_ahead(steps, diagonal, stride)
+        super().__init__(K, T, tables, steps.device)
+
+    def product(self, rows: Tensor, s: Tensor | None, t: Tensor, *, transpose: bool = False, span: int = 0) -> Tensor:
+        return _Product.apply(rows, s, t, *self.tables_on(rows.device), self.stride, transpose, span)
+
+
+class Gaussian(_Chain):
+    """A token moves to codes nearby in number, as grey levels do: banded, doubly stochastic, discretised Gaussian.
+
+    Off the diagonal, Q_t[i, j] = exp(-(2 d / (K - 1))^2 / beta_t) / sum_{n=1-K}^{K-1} exp(-(2 n / (K - 1))^2 / beta_t)
+    at distance d = |i - j|; on it, what makes the row sum 1. D3PM (Austin et al. 2021), appendix A.2.3, with the K of
+    the codebook where the released code has the 256 of its images. For few codes betas must be larger: neighbours are
+    reached about as often as 4 / (K - 1)^2 is below beta.
+
+    Args:
+        codebook_size: K >= 2.
+        betas: (T,) float, above 0: widths of steps 1..T. See vqfast.diffusion.schedules.gaussian_betas.
+        stride: levels between the products that are kept, 2 (T // stride) K^2 float64 in all; default about sqrt(T).
+            Level t takes t % stride products besides: 1 keeps every level.
+
+    Raises:
+        TypeError: betas is not a floating-point tensor. ValueError: K, betas or stride out of range.
+    """
+
+    def __init__(self, codebook_size: int, betas: Tensor, *, stride: int | None = None):
+        betas = _check_float_table("betas", betas, "(T,)")
+        if codebook_size < 2:
+            raise ValueError(f"codebook_size: expected at least 2, got {codebook_size}")
+        if betas.ndim != 1 or betas.numel() < 1:
+            raise ValueError(f"betas: expected shape (T,) with T >= 1, got {tuple(betas.shape)}")
+        if not ((betas > 0) & betas.isfinite()).all():
+            raise ValueError(f"betas: expected finite numbers above 0, got {betas.min().item()}..{betas.max().item()}")
+        distance = torch.arange(codebook_size, dtype=torch.float64, device=betas.device) * 2 / (codebook_size - 1)
+        weight = (-distance.square() / betas[:, None]).exp()
+        weight = weight / (weight[:, :1] + 2 * weight[:, 1:].sum(1, keepdim=True))
+        # What code i would lose beyond the first or the last code stays with it: distances above i and K - 1 - i.
+        beyond = weight.flip(1).cumsum(1).flip(1)[:, 1:]
+        beyond = torch.cat([beyond, torch.zeros_like(beyond[:, :1])], dim=1)
+        super().__init__(weight, weight[:, :1] + beyond + beyond.flip(1), stride)
+
+
+class Dense(_Chain):
+    """Any chain: a matrix for each step.
+
+    Args:
+        matrices: (T, K, K) float, at least 0, rows of sum 1 within 1e-6; [i] leads from level i to i + 1.
+            Normalised. Neither symmetric nor doubly stochastic need they be.
+        stride: as for `Gaussian`.
+
+    Raises:
+        TypeError: not a floating-point tensor. ValueError: a shape or values other than these, stride out of range.
+    """
+
+    def __init__(self, matrices: Tensor, *, stride: int | None = None):
+        matrices = _check_float_table("matrices", matrices, "(T, K, K)")
+        if matrices.ndim != 3 or matrices.shape[1] != matrices.shape[2] or 0 in matrices.shape:
+            raise ValueError(f"matrices: expected shape (T, K, K), T and K at least 1, got {tuple(matrices.shape)}")
+        sums = matrices.sum(2, keepdim=True)
+        worst = (sums - 1).abs().max().item()
+        if not (matrices >= 0).all() or not worst <= _TOLERANCE:
+            raise ValueError(
+                f"matrices: expected probabilities in rows of sum 1, got a smallest entry of {matrices.min().item()} "
+                f"and a sum that is off by {worst}"
+            )
+        super().__init__(matrices / sums, None, stride)
+        self.noise = self.last_rows().mean(0)
+
+
+class SymmetricRate(MatrixTransition):
+    """A symmetric jump process at given times: Q from level s to t is expm((times[t] - times[s]) rate).
+
+    Its steps commute and are doubly stochastic. One eigenbasis, taken in float64 when the family is made, serves every
+    level: two products with a (K, K) matrix whatever t. Entries carry an absolute error of about 1e-15, so
+    probabilities below that are noise (never less than that of a token that does not move), and the marginal rule,
+    which divides by them, is refused.
+
+    Args:
+        rate: (K, K) float, symmetric within 1e-6, at least 0 off the diagonal, rows of sum 0: jumps per unit of time.
+        times: (T + 1,) float, 0 at level 0, never falling. Kept in float64.
+
+    Raises:
+        TypeError: not floating-point tensors. ValueError: a shape or values other than these.
+    """
+
+    def __init__(self, rate: Tensor, times: Tensor):
+        rate = _check_float_table("rate", rate, "(K, K)")
+        times = _check_float_table("times", times, "(T + 1,)").to(rate.device)
+        if rate.ndim != 2 or rate.shape[0] != rate.shape[1] or not rate.numel():
+            raise ValueError(f"rate: expected shape (K, K), K at least 1, got {tuple(rate.shape)}")
+        off = rate - rate.diagonal().diag()
+        largest = max(off.abs().max().item(), 1e-300)
+        skew = (rate - rate.T).abs().max().item()
+        sums = rate.sum(1).abs().max().item()
+        if not ((off >= 0).all() and skew <= _TOLERANCE * largest and sums <= _TOLERANCE * largest * rate.shape[0]):
+            raise ValueError(
+                "rate: expected a symmetric matrix, at least 0 off the diagonal, with rows of sum 0, got a smallest "
+                f"entry off the diagonal of {off.min().item()}, a skewness of {skew} and a sum of {sums}"
+            )
+        host = times.cpu()
+        if times.ndim != 1 or times.numel() < 2:
+            raise ValueError(f"times: expected shape (T + 1,) with T >= 1, got {tuple(times.shape)}")
+        if host[0] != 0 or not (host[1:] >= host[:-1]).all() or not host[-1].isfinite():
+            raise ValueError(f"times: expected 0 at level 0, then finite values that never fall, got {host.tolist()}")
+        off = (off + off.T) / 2
+        eigenvalues, basis = torch.linalg.eigh(off - off.sum(1).diag())
+        # At most 0 but for rounding, which a long time would multiply.
+        super().__init__(
+            rate.shape[0], times.numel() - 1, (times, eigenvalues.clamp(max=0), basis, -off.sum(1)), rate.device
+        )
+
+    def product(self, rows: Tensor, s: Tensor | None, t: Tensor, *, transpose: bool = False, span: int = 0) -> Tensor:
+        times, eigenvalues, basis, leaving = self.tables_on(rows.device)
+        t = t.clamp(0, self.T)
+        elapsed = (times[t] if s is None else times[t] - times[s.clamp(0, self.T)])[:, None, None]
+        codes = rows.dtype == torch.int64
+        given = one_hot(rows, self.codebook_size).double() if codes else rows.double()
+        spectrum = basis[rows] if codes else given @ basis
+        product = (spectrum * (elapsed * eigenvalues).exp()) @ basis.T
+        # At least what never jumped, and that alone where no time has passed.
+        return torch.where(elapsed > 0, torch.maximum(product, (elapsed * leaving).exp() * given), given)
+
+
+class Nearest(SymmetricRate):
+    """A token moves to codes whose embeddings are near.
+
+    With G[i, j] = 1 where j is among the `neighbours` nearest of i, the rate of a jump is
+    (G + G^T) / (2 neighbours) (D3PM, Austin et al. 2021, appendix A.2.4), and level t lies at times[t].
+
+    Args:
+        embeddings: (K, D) float, finite: the codebook.
+        neighbours: how many, 1..K - 1. Ties go to the lowest index.
+        times: as for `SymmetricRate`.
+
+    Raises:
+        TypeError, ValueError: arguments other than these.
+    """
+
+    def __init__(self, embeddings: Tensor, neighbours: int, times: Tensor):
+        embeddings = _check_float_table("embeddings", embeddings, "(K, D)")
+        if embeddings.ndim != 2 or embeddings.shape[0] < 2 or not embeddings.isfinite().all():
+            raise ValueError(
+                f"embeddings: expected finite values of shape (K, D) with K >= 2, got {describe(embeddings)}"
+            )
+        K = embeddings.shape[0]
+        if not isinstance(neighbours, int) or isinstance(neighbours, bool) or not 1 <= neighbours < K:
+            raise ValueError(f"neighbours: expected a whole number in 1..{K - 1} (K = {K}), got {neighbours!r}")
+        # Differences, not the expansion of the square: near codes far from the origin would be lost in it.
+        distance = torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")
+        distance.fill_diagonal_(torch.inf)
+        nearest = distance.sort(dim=1, stable=True).indices[:, :neighbours]
+        graph = torch.zeros_like(distance).scatter(1, nearest, 1.0)
+        rate = (graph + graph.T) / (2 * neighbours)
+        super().__init__(rate - rate.sum(1).diag(), times)

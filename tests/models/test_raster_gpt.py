@@ -86,6 +86,51 @@ def test_codes_are_drawn_from_the_model():
 
 
 @torch.no_grad()
+def test_inpainting_keeps_what_is_given_and_continues_it():
+    net, codes = model(), torch.randint(K, (4, 3, 4))
+    mask = torch.zeros(3, 4, dtype=torch.bool)
+    mask[1, 1:3] = True
+    hidden = codes.masked_fill(mask, -5)  # any value
+    drawn = net.inpaint(hidden, mask, top_k=1, batch_size=3)
+    assert torch.equal(drawn[:, ~mask], codes[:, ~mask])
+    assert torch.equal(drawn.flatten(1)[:, 5:7], net(drawn).argmax(-1)[:, 5:7])
+    # Masks of each image's own, and flat codes.
+    own = torch.rand(4, 12, generator=torch.Generator().manual_seed(0)) < 0.5
+    drawn = net.inpaint(codes.flatten(1), own).flatten(1)
+    assert torch.equal(drawn[~own], codes.flatten(1)[~own])
+
+
+@torch.no_grad()
+def test_inpainting_is_blind_to_what_comes_after():
+    net, codes = model(), torch.randint(K, (4, 3, 4))
+    mask = torch.zeros(3, 4, dtype=torch.bool)
+    mask[1] = True
+    other = torch.cat([codes[:, :2], (codes[:, 2:] + 1) % K], dim=1)
+    draw = lambda codes: net.inpaint(codes, mask, generator=torch.Generator().manual_seed(0))[:, 1]
+    assert torch.equal(draw(codes), draw(other))
+
+
+@torch.no_grad()
+def test_inpainting_everything_is_sampling():
+    net = model(num_classes=3)
+    arguments = dict(labels=torch.tensor([0, 2]), guidance_scale=2.0)
+    seeded = lambda: torch.Generator().manual_seed(0)
+    drawn = net.inpaint(torch.zeros(2, 12, dtype=torch.int64), torch.ones(12).bool(), generator=seeded(), **arguments)
+    assert torch.equal(drawn, net.sample(2, generator=seeded(), **arguments))
+
+
+def test_codes_and_masks_that_do_not_fit_are_refused():
+    codes = torch.zeros(2, 3, 4, dtype=torch.int64)
+    for mask, error, message in [
+        (torch.zeros(3, 4), TypeError, "mask: expected a bool tensor"),
+        (torch.zeros(4, 3).bool(), ValueError, "mask: expected shape"),
+        (torch.zeros(3, 4).bool(), ValueError, f"codes: expected values in 0..{K - 1} outside the mask, got 0..{K}"),
+    ]:
+        with pytest.raises(error, match=message):
+            model().inpaint(codes.index_fill(2, torch.tensor([3]), K), mask)
+
+
+@torch.no_grad()
 def test_guidance_is_of_the_logits():
     net = model(num_classes=3, grid=(2, 2))
     drawn = net.sample(3, 2, top_k=1, guidance_scale=4.0)

@@ -7,6 +7,7 @@ from tyro.conf import subcommand
 
 from vqfast.cli.compare_dqvae import CompareDQVAE
 from vqfast.cli.compare_generation import CompareGeneration
+from vqfast.cli.compare_vqddm import CompareVQDDM
 from vqfast.cli.convert import Convert
 from vqfast.cli.demo import Demo
 from vqfast.cli.evaluate import Evaluate
@@ -43,7 +44,11 @@ class Train:
 class Compare:
     """Measure a paper's claim on your images."""
 
-    claim: Annotated[CompareDQVAE, subcommand("dqvae")] | Annotated[CompareGeneration, subcommand("generation")]
+    claim: (
+        Annotated[CompareVQDDM, subcommand("vqddm")]
+        | Annotated[CompareDQVAE, subcommand("dqvae")]
+        | Annotated[CompareGeneration, subcommand("generation")]
+    )
 
     def execute(self) -> None:
         self.claim.execute()

@@ -8,7 +8,8 @@ import torch
 from tqdm.auto import tqdm
 
 from vqfast.data import DataError, open_dataset, to_float, to_uint8
-from vqfast.evaluate.dynamic_codes import Claim, Result, compare, contestants, fit, measure
+from vqfast.evaluate.claims import Claim, table
+from vqfast.evaluate.dynamic_codes import Result, compare, contestants, fit, measure
 from vqfast.evaluate.figures import Line, draw_grains, save_grid, save_lines
 from vqfast.models.dqvae import DQVAEConfig
 from vqfast.train import check_new, create_run
@@ -106,7 +107,7 @@ class CompareDQVAE:
             labels=["original", "entropy grains", "feature grains", *names],
         )
         for claim in claims:
-            print(f"{claim.verdict:>9}: {claim.text} ({_figures(claim)})")
+            print(f"{claim.verdict:>9}: {claim.text} ({claim.figures('images')})")
         print(f"{out}: compared {len(results)} models on {len(images)} held-out crops")
 
 
@@ -129,10 +130,6 @@ def _lines(results: list[Result]) -> list[Line]:
     return lines
 
 
-def _figures(claim: Claim) -> str:
-    return f"difference {claim.difference:.5f} +- {claim.deviation:.5f}, better on {claim.wins:.0%} of the images"
-
-
 def _write(out: Path, results: list[Result], claims: list[Claim], settings: dict) -> None:
     rows = [
         {
@@ -148,6 +145,5 @@ def _write(out: Path, results: list[Result], claims: list[Claim], settings: dict
     write_json(out / "results.json", {"settings": settings, "results": rows, "claims": judged})
     lines = ["| codes chosen by | codes an image | MSE | PSNR, dB |", "|---|---|---|---|"]
     lines += [f"| {row['name']} | {row['codes']:.0f} | {row['mse']:.5f} | {row['psnr_db']:.2f} |" for row in rows]
-    lines += ["", "| claim | verdict | figures |", "|---|---|---|"]
-    lines += [f"| {claim.text} | {claim.verdict} | {_figures(claim)} |" for claim in claims]
+    lines += ["", *table(claims, "images")]
     (out / "results.md").write_text("\n".join(lines) + "\n")

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from vqfast.cli.generate import decode
 from vqfast.cli.train_vqddm import labels_of
 from vqfast.cli.training import check_channels, describe, encode_dynamic
-from vqfast.data import CodeBatches, DataError, open_dataset, to_uint8
+from vqfast.data import CodeBatches, DataError, open_dataset
 from vqfast.evaluate.figures import save_grid
 from vqfast.evaluate.frechet import fit_classifier, frechet_distance
 from vqfast.evaluate.generation import Generated, fit_for
@@ -96,7 +97,7 @@ class CompareGeneration:
             results.append(Generated(name, count, steps, tokens, seconds / self.n, distance))
 
         # No generator on these codes can be expected to do better.
-        floor = frechet_distance(classifier.features_of(_images(autoencoder, codes[: self.n])), real)
+        floor = frechet_distance(classifier.features_of(decode(autoencoder, codes[: self.n])), real)
         settings = {key: value for key, value in asdict(self).items() if key not in ("out", "dqvae")}
         info = {"dqvae": str(self.dqvae), "data": describe(data), "settings": settings}
         out = create_run(self.out, "compare_generation", info).path
@@ -159,9 +160,4 @@ class CompareGeneration:
         start = time.perf_counter()
         drawn = model.sample(len(labels), labels, batch_size=BATCH, generator=generator)
         seconds = time.perf_counter() - start
-        return _images(autoencoder, drawn[0] if isinstance(drawn, tuple) else drawn), seconds
-
-
-@torch.no_grad()
-def _images(autoencoder: DQVAE, codes: Tensor) -> np.ndarray:
-    return np.concatenate([to_uint8(autoencoder.decode_codes(part)) for part in codes.split(BATCH)])
+        return decode(autoencoder, drawn[0] if isinstance(drawn, tuple) else drawn), seconds

@@ -76,7 +76,7 @@ class Sample:
             **special,
         )
         codes, grains = drawn if isinstance(drawn, tuple) else (drawn, None)
-        images = _decode(autoencoder, codes)
+        images = decode(autoencoder, codes)
 
         settings = {"guidance": self.guidance, "temperature": self.temperature} | special
         out = create_run(self.out, "sample", {"model": str(self.run), "seed": self.seed} | settings).path
@@ -137,10 +137,10 @@ class Inpaint:
                 raise RunError(f"{self.data}: has other classes than {self.run} was trained on; add --unconditional")
             labels = torch.from_numpy(data.labels[chosen]).repeat_interleave(self.variations)
 
-        hidden = _mask(self.mask, len(chosen), model.config.grid, self.seed)  # (N, h, w)
+        hidden = hidden_cells(self.mask, len(chosen), model.config.grid, self.seed)  # (N, h, w)
         side = autoencoder.config.downsampling
         hidden_pixels = hidden.repeat_interleave(side, 1).repeat_interleave(side, 2).numpy()
-        codes = _codes_around(autoencoder, images, hidden_pixels, device)
+        codes = codes_around(autoencoder, images, hidden_pixels, device)
         drawn = model.inpaint(
             codes.repeat_interleave(self.variations, 0),
             hidden.to(device).repeat_interleave(self.variations, 0),
@@ -152,7 +152,7 @@ class Inpaint:
             generator=torch.Generator(device).manual_seed(self.seed),
             progress=True,
         )
-        results = _decode(autoencoder, drawn).reshape(len(chosen), self.variations, *images.shape[1:])
+        results = decode(autoencoder, drawn).reshape(len(chosen), self.variations, *images.shape[1:])
         # What was given stays as it was given, to the pixel.
         results = np.where(hidden_pixels[:, None, :, :, None], results, images[:, None])
 
@@ -234,7 +234,7 @@ class Reconstruct:
 def measure(autoencoder: Autoencoder, data: ImageData, split: str) -> tuple[dict[str, Any], np.ndarray]:
     """What is left of the images of a split after the codes: figures, and the images (N, H, W, C) uint8."""
     codes = encode(autoencoder, data, split)
-    results = _decode(autoencoder, codes)
+    results = decode(autoencoder, codes)
     size = autoencoder.config.codebook_size
     one, other = to_float(results), to_float(data.images[data.indices(split)])
     metrics = {
@@ -325,14 +325,14 @@ def _rows_of(images: np.ndarray, labels: Tensor | None, classes: tuple[str, ...]
 
 
 @torch.no_grad()
-def _decode(autoencoder: Autoencoder, codes: Tensor) -> np.ndarray:
+def decode(autoencoder: Autoencoder, codes: Tensor) -> np.ndarray:
     """(N, h, w) codes to (N, H, W, C) uint8."""
     device = next(autoencoder.parameters()).device
     return np.concatenate([to_uint8(autoencoder.decode_codes(part.to(device))) for part in codes.split(BATCH)])
 
 
 @torch.no_grad()
-def _codes_around(autoencoder: Autoencoder, images: np.ndarray, hidden: np.ndarray, device: torch.device) -> Tensor:
+def codes_around(autoencoder: Autoencoder, images: np.ndarray, hidden: np.ndarray, device: torch.device) -> Tensor:
     """Codes (N, h, w) of images whose hidden pixels are blanked first.
 
     A code sees beyond its own pixels, and none may carry what the model is to guess.
@@ -341,7 +341,7 @@ def _codes_around(autoencoder: Autoencoder, images: np.ndarray, hidden: np.ndarr
     return torch.cat([autoencoder.encode(part) for part in to_float(blanked).to(device).split(BATCH)])
 
 
-def _mask(name: str, count: int, grid: tuple[int, int], seed: int) -> Tensor:
+def hidden_cells(name: str, count: int, grid: tuple[int, int], seed: int) -> Tensor:
     """(count, h, w) bool, true where a code is hidden."""
     h, w = grid
     rows, columns = torch.arange(h)[:, None], torch.arange(w)[None, :]

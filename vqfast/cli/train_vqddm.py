@@ -66,7 +66,7 @@ class TrainVQDDM:
             grid=grid,
             denoiser=self.denoiser,
             dim=self.dim,
-            mults=self.mults or _halvings(grid[0]),
+            mults=self.mults or halvings(grid[0]),
             depth=self.depth,
             heads=self.heads,
             T=self.timesteps,
@@ -119,7 +119,7 @@ def labels_of(data: ImageData, split: str) -> Tensor | None:
     return None if data.labels is None else torch.from_numpy(data.labels[data.indices(split)])
 
 
-def _halvings(grid: int) -> tuple[int, ...]:
+def halvings(grid: int) -> tuple[int, ...]:
     """Levels of the U-Net, as many of the paper's four as the grid can be halved for."""
     mults = (1, 2, 4, 8)
     levels = 1

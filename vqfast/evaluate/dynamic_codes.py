@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqfast.data import to_float
+from vqfast.evaluate.claims import Claim
 from vqfast.models.dqvae import DQVAE, DQVAEConfig
 from vqfast.nn.routers import code_lengths
 
@@ -168,29 +169,6 @@ def measure(contestant: Contestant, model: DQVAE, images: Tensor) -> tuple[Resul
 
 def _in_batches(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     return torch.cat([function(part) for part in images.split(_BATCH)])
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A paired comparison on the same images.
-
-    text: what is claimed.
-    difference: mean error of the second minus that of the first; above 0 supports the claim.
-    deviation: standard error of that mean.
-    wins: share of the images on which the first is better.
-    """
-
-    text: str
-    difference: float
-    deviation: float
-    wins: float
-
-    @property
-    def verdict(self) -> str:
-        """Holds or fails where the difference is at least two standard errors from 0."""
-        if abs(self.difference) < 2 * self.deviation:
-            return "undecided"
-        return "holds" if self.difference > 0 else "fails"
 
 
 def compare(text: str, better: Result, worse: Result) -> Claim:

@@ -54,7 +54,7 @@ class Classifier(nn.Module):
 
 
 def fit_classifier(images: np.ndarray, labels: np.ndarray, steps: int = 600, seed: int = 0) -> Classifier:
-    """Train a classifier, with random shifts of up to two pixels.
+    """Train a classifier, with random shifts of up to two pixels, none in images of fewer than 14 a side.
 
     Args:
         images: (N, H, W, C) uint8.
@@ -69,9 +69,10 @@ def fit_classifier(images: np.ndarray, labels: np.ndarray, steps: int = 600, see
         model = Classifier(images.shape[-1], int(labels.max()) + 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    reach = min(2, min(images.shape[1:3]) // 14)
     for _ in range(steps):
         chosen = rng.integers(len(images), size=min(_BATCH, len(images)))
-        shift = tuple(rng.integers(-2, 3, size=2))
+        shift = tuple(rng.integers(-reach, reach + 1, size=2))
         batch = to_float(np.roll(images[chosen], shift, axis=(1, 2)))
         optimizer.zero_grad()
         F.cross_entropy(model(batch), torch.from_numpy(labels[chosen])).backward()

@@ -15,6 +15,13 @@ from torch import nn
 from vqfast.data import CodeBatches, ShuffledSteps
 
 
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 @dataclass(frozen=True)
 class Generated:
     """What a model reached.
@@ -53,16 +60,18 @@ def fit_for(
         Steps taken.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    start = before = time.perf_counter()
+    device = next(model.parameters()).device
+    start = before = clock(device)
     model.train()
     for step, positions in enumerate(ShuffledSteps(len(codes), batch_size, range(2**40), seed)):
         for group in optimizer.param_groups:
             group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * (before - start) / seconds))
         optimizer.zero_grad()
-        model.training_step(codes[positions], step)["loss"].backward()
+        batch = {name: values.to(device) for name, values in codes[positions].items()}
+        model.training_step(batch, step)["loss"].backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        now = time.perf_counter()
+        now = clock(device)
         report(now - before)
         before = now
         if now - start >= seconds:

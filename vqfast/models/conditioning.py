@@ -41,6 +41,30 @@ def flat_codes(name: str, codes: Tensor, grid: tuple[int, int]) -> Tensor:
     return codes.flatten(1)
 
 
+def known_codes(codes: Tensor, mask: Tensor, grid: tuple[int, int], codebook_size: int) -> Tensor:
+    """What inpainting is given: codes (B, L) of the grid, -1 where `mask` is true, on the device of `codes`.
+
+    Args:
+        codes: (B, H, W) or (B, L) int64; under the mask any value.
+        mask: bool, of the shape of `codes`, or (H, W) or (L,) for all of them: true where to draw.
+
+    Raises:
+        TypeError, ValueError: codes that are not on the grid or out of range; a mask that is not bool or does not fit.
+    """
+    flat = flat_codes("codes", codes, grid)
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected a bool tensor, true where to draw, got {describe(mask)}")
+    if mask.shape not in (codes.shape, codes.shape[1:]):
+        raise ValueError(
+            f"mask: expected shape {tuple(codes.shape)} as codes has, or {tuple(codes.shape[1:])}, got {describe(mask)}"
+        )
+    mask, K = mask.to(codes.device), codebook_size
+    given = codes[~mask.expand_as(codes)]
+    if given.numel() and not 0 <= given.min() <= given.max() < K:
+        raise ValueError(f"codes: expected values in 0..{K - 1} outside the mask, got {given.min()}..{given.max()}")
+    return torch.where(mask, -1, codes).reshape(flat.shape)
+
+
 def level_features(t: Tensor, T: int, dim: int) -> Tensor:
     """Sines, then cosines of the noise level, at wavelengths from 2 pi to 20000 pi over a range of 4000.
 

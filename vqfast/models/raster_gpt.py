@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqfast.models.conditioning import ClassEmbedding, batch_labels, check_guidance, flat_codes, sampling_labels
+from vqfast.models.conditioning import (
+    ClassEmbedding,
+    batch_labels,
+    check_guidance,
+    flat_codes,
+    known_codes,
+    sampling_labels,
+)
 from vqfast.models.drawing import batches, evaluating, token_steps
 from vqfast.nn.attention import CausalTransformer, KVCache, init_weights
 from vqfast.nn.sampling_filters import DrawOptions, draw, guide
@@ -148,10 +155,50 @@ class RasterGPT(nn.Module):
             TypeError, ValueError: labels missing, not wanted or out of range; guidance of a model trained without
                 class_dropout; filters out of range.
         """
+        return self._draw(
+            n, None, labels, batch_size, guidance_scale, DrawOptions(temperature, top_k, top_p), generator, progress
+        )
+
+    @torch.no_grad()
+    def inpaint(
+        self,
+        codes: Tensor,
+        mask: Tensor,
+        labels: Tensor | int | None = None,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float = 1.0,
+        batch_size: int | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Draw codes where `mask` is true; the others come back as they are.
+
+        Codes are drawn in raster order, those that are given take their place in it: a code is drawn given all before
+        it, known or drawn, and blind to what is known after it. Raster order has no better way without a search.
+
+        Args:
+            codes: (B, H, W) or (B, L) int64; under the mask any value.
+            mask: bool, of the shape of `codes`, or (H, W) or (L,) for all of them: true where to draw.
+            labels and the rest: as for `sample`.
+
+        Returns:
+            (B, H, W) int64.
+
+        Raises:
+            TypeError, ValueError: as `sample`; a mask that is not bool or does not fit.
+        """
+        known = known_codes(codes, mask, self.config.grid, self.config.codebook_size).to(self.device)
+        options = DrawOptions(temperature, top_k, top_p)
+        return self._draw(len(known), known, labels, batch_size, guidance_scale, options, generator, progress)
+
+    def _draw(self, n, known, labels, batch_size, guidance_scale, options, generator, progress) -> Tensor:
+        """(n, H, W) codes; known: (n, L) with -1 where to draw, None to draw all."""
         c = self.config
         parts = batches(n, batch_size)
         check_guidance(guidance_scale, c.num_classes, c.class_dropout)
-        options = DrawOptions(temperature, top_k, top_p)
         labels = sampling_labels(labels, n, c.num_classes, c.class_dropout, self.device)
         drawn = []
         with evaluating(self):
@@ -160,16 +207,19 @@ class RasterGPT(nn.Module):
                 x = self._start(None if labels is None else labels[rows], size)
                 if guidance_scale != 1.0:
                     x = torch.cat([x, self._start(None, size)])
-                drawn.append(self._draw(x, options, guidance_scale, generator, progress))
+                given = None if known is None else known[rows]
+                drawn.append(self._sequence(x, given, options, guidance_scale, generator, progress))
         return torch.cat(drawn).view(n, *c.grid)
 
-    def _draw(self, x: Tensor, options: DrawOptions, guidance_scale: float, generator, progress: bool) -> Tensor:
-        """(B, L) codes after starts x, (B, dim), or with guidance (2 B, dim)."""
+    def _sequence(self, x: Tensor, known: Tensor | None, options: DrawOptions, guidance_scale, generator, progress):
+        """(B, L) codes after starts x, (B, dim), or with guidance (2 B, dim); known: as for `_draw`."""
         L = len(self.index_embedding.weight)
         cache, codes = KVCache(self.stack, len(x), L), []
         for index in token_steps(L, progress):
             hidden = self.stack.step(x + self.index_embedding.weight[index], cache)
             code = draw(guide(self.head(hidden), guidance_scale), options, generator)
+            if known is not None:
+                code = torch.where(known[:, index] < 0, code, known[:, index])
             codes.append(code)
             x = self.code_embedding(code)
             if guidance_scale != 1.0:

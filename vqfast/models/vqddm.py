@@ -19,11 +19,10 @@ from vqfast.diffusion import (
     sample,
     schedule,
 )
-from vqfast.models.conditioning import batch_labels, check_guidance, flat_codes, sampling_labels
+from vqfast.models.conditioning import batch_labels, check_guidance, flat_codes, known_codes, sampling_labels
 from vqfast.models.drawing import evaluating
 from vqfast.models.transformer import Transformer
 from vqfast.models.unet import UNet
-from vqfast.ops.checks import describe
 
 DENOISERS = ("unet", "transformer")
 TRANSITIONS = ("uniform", "absorbing", "mask_and_replace", "marginal", "gaussian")
@@ -269,20 +268,9 @@ class VQDDM(nn.Module):
         Raises:
             TypeError, ValueError: as `sample`; a mask that is not bool or does not fit.
         """
-        flat = self._flat("codes", codes)
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"mask: expected a bool tensor, true where to draw, got {describe(mask)}")
-        if mask.shape not in (codes.shape, codes.shape[1:]):
-            raise ValueError(
-                f"mask: expected shape {tuple(codes.shape)} as codes has, or {tuple(codes.shape[1:])}, "
-                f"got {describe(mask)}"
-            )
-        K, given = self.config.codebook_size, codes[~mask.to(codes.device).expand_as(codes)]
-        if given.numel() and not 0 <= given.min() <= given.max() < K:
-            raise ValueError(f"codes: expected values in 0..{K - 1} outside the mask, got {given.min()}..{given.max()}")
-        known = torch.where(mask.to(codes.device), -1, codes).reshape(flat.shape).to(self.device)
+        known = known_codes(codes, mask, self.config.grid, self.config.codebook_size).to(self.device)
         return self._draw(
-            flat.shape[0], known, labels, batch_size, guidance_scale,
+            len(known), known, labels, batch_size, guidance_scale,
             steps=steps, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, progress=progress,
         )  # fmt: skip
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.exact import exact_nearest
 from vqfast.ops import nearest_code
-from vqfast.ops.prepare import METRICS
+from vqfast.ops.prepared import METRICS
 
 Pair = tuple[Tensor, Tensor]
 Draw = Callable[[int, int, int, torch.Generator], Pair]

@@ -16,7 +16,7 @@ from vqfast.kernels.lookup.reference import lookup, lookup_backward
 from vqfast.kernels.nearest.reference import nearest
 from vqfast.kernels.q_sample.spec import random_key
 from vqfast.kernels.specs import SPECS as ALL_SPECS
-from vqfast.ops.prepare import METRICS
+from vqfast.ops.prepared import METRICS
 
 SPECS = [spec for spec in ALL_SPECS if spec.op in simulator.CALLS]
 SPEC = {spec.op: spec for spec in SPECS}

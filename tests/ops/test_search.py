@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import vqfast
 from vqfast.ops import codebook_stats, nearest_code, prepare, quantize, registry
-from vqfast.ops.prepare import METRICS
+from vqfast.ops.prepared import METRICS
 
 BACKENDS = [b for b, reason in registry.status("cpu").items() if reason is None]
 

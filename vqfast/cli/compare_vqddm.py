@@ -14,7 +14,7 @@ from vqfast.cli.generate import codes_around, decode, hidden_cells
 from vqfast.cli.reconstruct_dynamic import spread
 from vqfast.cli.train_vqddm import halvings, labels_of
 from vqfast.cli.train_vqvae import TrainVQVAE
-from vqfast.cli.training import check_channels, describe, encode, mults_for, open_square, pick_device
+from vqfast.cli.training import check_channels, describe, encode, mults_for, pick_device, square_images
 from vqfast.data import CodeBatches, DataError, ImageData
 from vqfast.evaluate.claims import Claim, table
 from vqfast.evaluate.figures import hide, save_grid
@@ -104,7 +104,7 @@ class CompareVQDDM:
         self._check()
         device = pick_device(self.device)
         given = None if self.vqvae is None else load_autoencoder(self.vqvae, device)
-        data = open_square(self, given.config.image_size if given else self.image_size)
+        data = square_images(self.data, given.config.image_size if given else self.image_size)
         if given:
             check_channels(data, given)
         if data.labels is None or data.held_out.sum() < 2:

@@ -116,6 +116,19 @@ def begin(command: Any, name: str, info: dict[str, Any], processes: PartialState
     processes.wait_for_everyone()
 
 
+def square_images(source: str, image_size: int | None) -> ImageData:
+    """Images of one square size.
+
+    Raises:
+        DataError: they cannot be read, or are not square.
+    """
+    data = open_dataset(source, image_size=image_size)
+    height, width = data.image_size
+    if height != width:
+        raise DataError(f"{source}: images of {width}x{height} pixels: choose a square with --image-size")
+    return data
+
+
 def open_square(command: Any) -> tuple[ImageData, int]:
     """The images of a command's `data`, all of one square size, and the side in pixels that its model is to have.
 
@@ -127,11 +140,8 @@ def open_square(command: Any) -> tuple[ImageData, int]:
     whole, size = command.random_crop_from, command.image_size
     if whole is not None and (size is None or size > whole):
         raise DataError(f"--random-crop-from {whole}: expected an --image-size of at most as many pixels, got {size}")
-    data = open_dataset(command.data, image_size=whole or size)
-    height, width = data.image_size
-    if height != width:
-        raise DataError(f"{command.data}: images of {width}x{height} pixels: choose a square with --image-size")
-    return data, size or height
+    data = square_images(command.data, whole or size)
+    return data, size or data.image_size[0]
 
 
 def train_on_images(

@@ -6,7 +6,7 @@ from vqfast.ops.dynamic import DynamicQuantized, code_weights, dynamic_quantize,
 from vqfast.ops.matrix_transitions import Dense, Gaussian, Nearest, SymmetricRate
 from vqfast.ops.packing import Packed, grain_entropy, pack, position_mask, unpack
 from vqfast.ops.padded import Padded, from_padded, special_tokens, to_padded
-from vqfast.ops.prepare import PreparedCodebook, prepare
+from vqfast.ops.prepared import PreparedCodebook, prepare
 from vqfast.ops.search import Quantized, codebook_stats, nearest_code, quantize
 from vqfast.ops.transitions import Absorbing, Marginal, MaskAndReplace, Transition, Uniform
 

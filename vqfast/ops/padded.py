@@ -19,6 +19,7 @@ class Special(NamedTuple):
 
 
 def special_tokens(size: int) -> Special:
+    """pad, eos and sos of a vocabulary of `size` tokens: the three ids that follow them."""
     return Special(size, size + 1, size + 2)
 
 

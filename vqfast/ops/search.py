@@ -14,7 +14,7 @@ from vqfast.ops.checks import (
     check_mask,
     describe,
 )
-from vqfast.ops.prepare import METRICS, PreparedCodebook, unit_vectors
+from vqfast.ops.prepared import METRICS, PreparedCodebook, unit_vectors
 from vqfast.ops.reduction import ordered_sum
 
 _nearest = torch.ops.vqfast.nearest.default

@@ -87,9 +87,8 @@ def test_four_processes_train_as_one(tmp_path, kind):
     same_training(tmp_path, kind, 4)
 
 
-@pytest.mark.parametrize(
-    "kind", [kind if kind == "vqddm" else pytest.param(kind, marks=pytest.mark.slow) for kind in tiny["TINY"]]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", tiny["TINY"])
 def test_sharded_parameters_train_as_whole_ones(tmp_path, kind):
     same_training(tmp_path, kind, 2, sharding="full", ema_decay=0.0)
 

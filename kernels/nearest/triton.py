@@ -378,10 +378,10 @@ def _decide_kernel(
             if METRIC == _COSINE:
                 norm, norm_low = _sum_of_row(square_high, square_low, BLOCK_D, BLOCK_K, STEPS)
                 sign = tl.where(worth < 0, -1.0, 1.0)
-                zero = norm == 0
                 worth, low = _multiply(worth, low, worth, low)
-                worth, low = _divide(worth, low, tl.where(zero, 1.0, norm), norm_low)
-                worth, low = tl.where(zero, 0.0, sign * worth), tl.where(zero, 0.0, sign * low)
+                # A zero code has the cosine 0, and none with a row that is not finite.
+                worth, low = _divide(worth, low, tl.where(norm == 0, 1.0, norm), norm_low)
+                worth, low = sign * worth, sign * low
             # Not a number is worth nothing; so is what lies beyond the codebook.
             usable = (tl.abs(worth) < float("inf")) & (k < K)
             worth, low = tl.where(usable, worth, float("-inf")), tl.where(usable, low, 0.0)

@@ -91,7 +91,14 @@ RACE_SHAPES = {
 }
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.op)
+# Minutes under ThreadSanitizer, for kernels whose threads share one scan.
+SLOW_RACES = ("unpack", "unpack_backward")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [pytest.param(s, marks=[pytest.mark.slow] if s.op in SLOW_RACES else [], id=s.op) for s in SPECS],
+)
 def test_no_two_threads_race_for_memory(spec):
     cases = [spec.inputs(shape, torch.float32, "cpu", 3) for shape in RACE_SHAPES[spec.op]]
     if spec.op == "nearest":

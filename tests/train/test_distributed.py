@@ -72,7 +72,9 @@ def same_training(folder, kind, count, **settings):
     return expected
 
 
-@pytest.mark.parametrize("kind", tiny["TINY"])
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "vqvae" else pytest.param(kind, marks=pytest.mark.slow) for kind in tiny["TINY"]]
+)
 def test_two_processes_train_as_one(tmp_path, kind):
     expected = same_training(tmp_path, kind, 2)
     if kind == "vqvae":

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from vqfast.train import create_run
 
 
+@pytest.mark.slow
 def test_processes_train_one_vqgan(tmp_path):
     create_run(tmp_path / "run", "vqgan", {})
     np.savez(tmp_path / "images.npz", images=np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8))

@@ -13,6 +13,11 @@ struct Products {
   double product, magnitude, square;  // of r c, |r c| and c^2
 };
 
+// Of the finite values of each of D features: the sum of their shares, how many they are, the least and the largest.
+struct FeatureRanges {
+  double *sum, *count, *least, *largest;
+};
+
 struct Kernels {
   const char *name;
   int lanes;
@@ -24,11 +29,13 @@ struct Kernels {
   }
 
   // nearest_ranges.h
-  void (*feature_ranges)(vqfast_dtype dtype, const void *codebook, int64_t K, int64_t D, int64_t d0, int m,
-                         double share, double *sum, double *count, double *least, double *largest);
+  void (*feature_ranges)(vqfast_dtype dtype, const void *codes, int64_t n, int64_t D, double share,
+                         const FeatureRanges &ranges);
 
   // nearest_decide.h
+  float (*largest_score)(const float *scores, int64_t n);
   int64_t (*find_scores)(const float *scores, int64_t n, float threshold, int32_t *found);
+  void (*widen_row)(vqfast_dtype dtype, const void *row, int64_t stride_feature, int64_t D, double scale, double *wide);
   double (*distance)(vqfast_dtype dtype, const double *row, const void *code, double scale, int64_t D);
   Products (*products)(vqfast_dtype dtype, const double *row, const void *code, double scale, int64_t D);
 

@@ -1,5 +1,5 @@
-// Exact nearest-code search: scores in low precision, a bound on their error, exact distances where the bound does not
-// decide. kernels/nearest/README.md derives the bound; the lines that round are named there.
+// Exact nearest-code search: scores in low precision, a bound on their error, exact distances of the few codes that the
+// bound leaves. kernels/nearest/README.md derives the bound; the lines that round are named there.
 #include <omp.h>
 
 #include <algorithm>
@@ -21,7 +21,12 @@ namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int64_t kPartBytes = 512 << 10;   // of panels gone through at a time: they stay in the second-level cache
 constexpr int64_t kChunkBytes = 192 << 10;  // of packed rows that share them
-constexpr int64_t kSecondPanels = 16;       // whose scores are kept while candidates are looked for
+constexpr int64_t kStripPanels = 32;        // whose maxima are read back while they are in the first-level cache
+constexpr int kMostCells = 12;
+
+// Panels a group. The more, the fewer maxima are written, and the more codes each leaves to compare, which costs most
+// where codes are long or few.
+int64_t group_for(int64_t n_panels, int64_t D) { return n_panels < 64 || D >= 128 ? 1 : 4; }
 
 // B(x): no score of this row differs from its real value by more. Infinite where one might overflow.
 double error_bound(const Codes &codes, const PackedNorm &row) {
@@ -37,229 +42,249 @@ double error_bound(const Codes &codes, const PackedNorm &row) {
 }
 
 // The rows of one head; its mask and indices lie `step` apart.
-struct Search {
-  const Codes &codes;
-  bool exact;
+struct Rows {
+  vqfast_dtype dtype;
   vqfast_rows x;
   int64_t step;
   const uint8_t *mask;
   int64_t *indices;
 
+  int64_t count() const { return x.batch * x.rows; }
   const void *row(int64_t n) const {
     const int64_t at = n / x.rows * x.stride_batch + n % x.rows * x.stride_row;
-    return (const char *)x.data + at * element_size(codes.dtype);
+    return (const char *)x.data + at * element_size(dtype);
   }
   bool masked(int64_t n) const { return mask && !mask[n * step]; }
+  int64_t &index(int64_t n) const { return indices[n * step]; }
+  bool together(int64_t first, int64_t n) const { return first / x.rows == (first + n - 1) / x.rows; }
+
+  bool finite(int64_t n, int64_t D) const {
+    bool all = true;
+    with_element(dtype, [&](auto *type) {
+      const auto *values = (decltype(type))row(n);
+      for (int64_t d = 0; d < D; ++d) all &= std::isfinite((double)widen(values[d * x.stride_feature]));
+    });
+    return all;
+  }
+
+  // Rows that do not lie at one stride from each other, as (n, D).
+  Buffer<double> gather(int64_t first, int64_t n, int64_t D) const {
+    Buffer<double> gathered = buffer<double>(n * D);
+    if (!gathered) throw std::bad_alloc();
+    for (int64_t i = 0; i < n; ++i)
+      with_element(dtype, [&](auto *type) {
+        const auto *values = (decltype(type))row(first + i);
+        for (int64_t d = 0; d < D; ++d) gathered[i * D + d] = (double)widen(values[d * x.stride_feature]);
+      });
+    return gathered;
+  }
 };
 
-// A row that the scores leave open, and the least score that its nearest code can have.
-struct Open {
-  int64_t row;
-  float threshold;
-};
+// What is known of a row while its scores come in. A cell is what one lane of a group of panels stands for: 2 * group
+// codes, of which the scores tell the largest only.
+struct Contest {
+  double reach;       // how far below the best score that of the nearest code may lie; not finite where scores say nothing
+  float best, least;  // the best score so far; the least that can still be the nearest code's
+  int32_t winner;     // of the cells that had to make room; -1 for none
+  int32_t n_cells;
+  int32_t cells[kMostCells];
+  float scores[kMostCells];
 
-// Scores of a row in the second pass: a cache line more than there are, or the rows of a tile would share a few cache sets.
-int64_t second_stride(const ScoreEngine &engine) { return kSecondPanels * engine.panel_codes + 16; }
+  void begin(double bound, bool takes_part) {
+    reach = 2 * bound;
+    best = kNever;
+    least = takes_part && std::isfinite(bound) ? kNever : -kNever;
+    winner = -1;
+    n_cells = 0;
+  }
+  void raise(float top) {
+    best = top;
+    least = std::nextafter((float)(top - reach), kNever);
+  }
+  void drop_losers() {
+    int32_t n = 0;
+    for (int32_t i = 0; i < n_cells; ++i)
+      if (scores[i] >= least) cells[n] = cells[i], scores[n++] = scores[i];
+    n_cells = n;
+  }
+};
 
 // One thread's memory for a chunk of rows. Allocation throws std::bad_alloc.
 struct Scratch {
   Buffer<char> tiles;
-  Buffer<float> best, second, scores;
-  Buffer<int32_t> index, found;
+  Buffer<float> maxima;
+  Buffer<int32_t> found;
   Buffer<double> wide;
-  std::vector<Estimate> estimates;
   std::vector<PackedNorm> norms;
-  std::vector<Open> open;
-  std::vector<std::vector<int32_t>> candidates;  // of each open row
+  std::vector<Contest> contests;
+  std::vector<int32_t> codes;
+  std::vector<Estimate> estimates;
 
-  void allocate(const Codes &codes, int64_t rows) {
+  void allocate(const Codes &codes, int64_t rows, int64_t stride) {
     const ScoreEngine &engine = codes.engine;
     norms.resize(rows);
-    best = buffer<float>(rows * engine.lanes);
-    second = buffer<float>(rows * engine.lanes);
-    index = buffer<int32_t>(rows * engine.lanes);
-    if (!best || !second || !index) throw std::bad_alloc();
+    contests.resize(rows);
+    maxima = buffer<float>(engine.tile_rows * stride);
+    found = buffer<int32_t>(stride);
+    wide = buffer<double>(codes.D);
+    if (!maxima || !found || !wide) throw std::bad_alloc();
     tiles = buffer<char>(rows / engine.tile_rows * engine.tile_bytes(codes.D));  // last: it says that all is there
     if (!tiles) throw std::bad_alloc();
   }
-
-  void allocate_second(const Codes &codes) {
-    if (scores && found && wide) return;
-    scores = buffer<float>(codes.engine.tile_rows * second_stride(codes.engine));
-    found = buffer<int32_t>(kSecondPanels * codes.engine.panel_codes);
-    wide = buffer<double>(codes.D);
-    if (!scores || !found || !wide) throw std::bad_alloc();
-  }
 };
 
-void pack_tile(const Search &s, int64_t first, int64_t n, char *tile, PackedNorm *norms) {
-  const Codes &c = s.codes;
-  c.engine.pack_tile(c.dtype, s.row(first), s.x.stride_row, s.x.stride_feature, n, c.D, c.row_mean(), c.facts->scale,
-                     tile, norms);
-}
+// One head's search: how its codebook is gone through, and what becomes of its rows.
+class Search {
+ public:
+  Search(const Codes &codes, bool exact, const Rows &rows)
+      : codes_(codes), engine_(codes.engine), exact_(exact), rows_(rows) {
+    const int64_t fit = std::max<int64_t>(1, kPartBytes / engine_.panel_bytes(codes.D));
+    group_ = std::min(group_for(codes.n_panels(), codes.D), fit);
+    strip_ = std::min(kStripPanels, fit) / group_ * group_;
+    part_ = fit / strip_ * strip_;
+    // A cache line more than there are, or the rows of a tile would share a few cache sets.
+    stride_ = strip_ / group_ * engine_.lanes + 16;
+  }
 
-// Rows that do not lie at one stride from each other: gathered first.
-void pack_gathered(const Search &s, const int64_t *rows, int64_t n, char *tile, PackedNorm *norms) {
-  const Codes &c = s.codes;
-  const Buffer<double> gathered = buffer<double>(n * c.D);
-  if (!gathered) throw std::bad_alloc();
-  for (int64_t i = 0; i < n; ++i)
-    with_element(c.dtype, [&](auto *type) {
-      const auto *x = (decltype(type))s.row(rows[i]);
-      for (int64_t d = 0; d < c.D; ++d) gathered[i * c.D + d] = (double)widen(x[d * s.x.stride_feature]);
-    });
-  c.engine.pack_tile(VQFAST_F64, gathered.get(), c.D, 1, n, c.D, c.row_mean(), c.facts->scale, tile, norms);
-}
+  // False: out of memory. Adds to `open` how many rows the scores leave open.
+  bool run(int64_t &open) const {
+    const int64_t N = rows_.count(), width = engine_.tile_rows;
+    // Rows that share one trip through the panels: few enough to stay in cache, and at least four chunks a thread.
+    const int64_t fair = (N / (4 * omp_get_max_threads()) + width - 1) / width;
+    const int64_t chunk = width * std::max<int64_t>(1, std::min(kChunkBytes / engine_.tile_bytes(codes_.D), fair));
+    int64_t total = 0;
+    bool enough = true;
+#pragma omp parallel reduction(+ : total) reduction(&& : enough) if (N * codes_.K * codes_.D > 1 << 18)
+    {
+      Scratch m;
+      alignas(64) char saved[64];
+      if (engine_.begin) engine_.begin(saved);
+#pragma omp for schedule(dynamic)
+      for (int64_t first = 0; first < N; first += chunk) {
+        // No exception may leave the parallel region: a lack of memory becomes the error code.
+        try {
+          if (!m.tiles) m.allocate(codes_, chunk, stride_);
+          const int64_t n = std::min(chunk, N - first);
+          pack(m, first, n);
+          score(m, first, n);
+          for (int64_t i = 0; i < n; ++i) total += decide(m, first + i, i);
+        } catch (const std::bad_alloc &) {
+          enough = false;
+        }
+      }
+      if (engine_.end) engine_.end(saved);
+    }
+    open += total;
+    return enough;
+  }
 
-// Scores every code against rows first..first+n-1 and settles those whose winner is certain; the rest go to m.open.
-void first_pass(const Search &s, Scratch &m, int64_t first, int64_t n) {
-  const Codes &c = s.codes;
-  const ScoreEngine &engine = c.engine;
-  const int64_t lanes = engine.lanes, width = engine.tile_rows, tiles = (n + width - 1) / width;
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t begin = first + t * width, count = std::min(width, first + n - begin);
-    char *tile = m.tiles.get() + t * engine.tile_bytes(c.D);
-    if (begin / s.x.rows == (begin + count - 1) / s.x.rows) {
-      pack_tile(s, begin, count, tile, &m.norms[t * width]);
-    } else {
-      int64_t rows[64];
-      for (int64_t i = 0; i < count; ++i) rows[i] = begin + i;
-      pack_gathered(s, rows, count, tile, &m.norms[t * width]);
+ private:
+  const Codes &codes_;
+  const ScoreEngine &engine_;
+  bool exact_;
+  const Rows rows_;
+  int64_t group_, strip_, part_;  // panels: whose maxima are one, read back at a time, gone through by a chunk at a time
+  int64_t stride_;                // of the maxima of a row
+
+  // Packs rows first..first+n-1, and opens their contests.
+  void pack(Scratch &m, int64_t first, int64_t n) const {
+    const int64_t width = engine_.tile_rows;
+    for (int64_t i = 0; i < n; i += width) {
+      const int64_t begin = first + i, count = std::min(width, n - i);
+      char *tile = m.tiles.get() + i / width * engine_.tile_bytes(codes_.D);
+      if (rows_.together(begin, count)) {
+        pack_tile(codes_.dtype, rows_.row(begin), rows_.x.stride_row, rows_.x.stride_feature, count, tile, &m.norms[i]);
+      } else {
+        const Buffer<double> gathered = rows_.gather(begin, count, codes_.D);
+        pack_tile(VQFAST_F64, gathered.get(), codes_.D, 1, count, tile, &m.norms[i]);
+      }
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const double bound = error_bound(codes_, m.norms[i]);
+      m.contests[i].begin(exact_ || !std::isfinite(bound) ? bound : 0, !rows_.masked(first + i));
     }
   }
-  std::fill_n(m.best.get(), tiles * width * lanes, kNever);
-  std::fill_n(m.second.get(), tiles * width * lanes, kNever);
-  std::fill_n(m.index.get(), tiles * width * lanes, 0);
 
-  const int64_t part = std::max<int64_t>(1, kPartBytes / engine.panel_bytes(c.D));
-  for (int64_t p = 0; p < c.n_panels(); p += part) {
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t at = t * width * lanes;
-      engine.score(m.tiles.get() + t * engine.tile_bytes(c.D), c.panels + p * engine.panel_bytes(c.D),
-                   c.bias + p * engine.panel_codes, c.D, std::min(part, c.n_panels() - p),
-                   p * engine.panel_codes, m.best.get() + at, m.second.get() + at, m.index.get() + at);
+  void pack_tile(vqfast_dtype dtype, const void *rows, int64_t stride_row, int64_t stride_feature, int64_t n, char *tile,
+                 PackedNorm *norms) const {
+    engine_.pack_tile(dtype, rows, stride_row, stride_feature, n, codes_.D, codes_.row_mean(), codes_.facts->scale, tile,
+                      norms);
+  }
+
+  // Every code against every row of the chunk.
+  void score(Scratch &m, int64_t first, int64_t n) const {
+    const int64_t n_panels = codes_.n_panels(), width = engine_.tile_rows, lanes = engine_.lanes;
+    for (int64_t part = 0; part < n_panels; part += part_)
+      for (int64_t i = 0; i < n; i += width)
+        for (int64_t p = part; p < std::min(part + part_, n_panels); p += strip_) {
+          const int64_t panels = std::min(strip_, n_panels - p);
+          engine_.score(m.tiles.get() + i / width * engine_.tile_bytes(codes_.D),
+                        codes_.panels + p * engine_.panel_bytes(codes_.D), codes_.bias + p * engine_.panel_codes,
+                        codes_.D, panels, group_, stride_, m.maxima.get());
+          const int64_t n_maxima = (panels + group_ - 1) / group_ * lanes;
+          for (int64_t r = 0; r < std::min(width, n - i); ++r)
+            take(m, first + i + r, m.contests[i + r], m.maxima.get() + r * stride_, n_maxima, p / group_ * lanes);
+        }
+  }
+
+  // The maxima of cells first_cell.. of a row.
+  void take(Scratch &m, int64_t row, Contest &contest, const float *maxima, int64_t n, int64_t first_cell) const {
+    const float top = codes_.isa.largest_score(maxima, n);
+    if (!(top >= contest.least) || top == kNever) return;
+    if (top > contest.best) contest.raise(top);
+    const int64_t count = codes_.isa.find_scores(maxima, n, contest.least, m.found.get());
+    for (int64_t j = 0; j < count; ++j) {
+      if (contest.n_cells == kMostCells) contest.drop_losers();
+      if (contest.n_cells == kMostCells) settle(m, row, contest);
+      contest.cells[contest.n_cells] = (int32_t)first_cell + m.found[j];
+      contest.scores[contest.n_cells++] = maxima[m.found[j]];
     }
   }
-  for (int64_t r = 0; r < n; ++r) {
-    int64_t &index = s.indices[(first + r) * s.step];
-    if (s.masked(first + r)) {
+
+  // Compares the codes of a contest's cells by what they are in truth; one is left.
+  void settle(Scratch &m, int64_t row, Contest &contest) const {
+    m.codes.clear();
+    if (contest.winner >= 0) m.codes.push_back(contest.winner);
+    for (int32_t i = 0; i < contest.n_cells; ++i) {
+      const int64_t group = contest.cells[i] / engine_.lanes, lane = contest.cells[i] % engine_.lanes;
+      const int64_t begin = group * group_ * engine_.panel_codes, end = begin + group_ * engine_.panel_codes;
+      for (int64_t k = begin + lane; k < std::min(end, codes_.K); k += engine_.lanes)
+        if (codes_.bias[k] != kNever) m.codes.push_back((int32_t)k);
+    }
+    std::sort(m.codes.begin(), m.codes.end());
+    contest.winner = (int32_t)nearest_of(codes_, rows_.row(row), rows_.x.stride_feature, m.codes, m.wide.get(), m.estimates);
+    contest.n_cells = 0;
+  }
+
+  // Writes the index of a row, row i of its chunk; true where the scores have left it open.
+  bool decide(Scratch &m, int64_t row, int64_t i) const {
+    Contest &contest = m.contests[i];
+    int64_t &index = rows_.index(row);
+    index = 0;
+    if (rows_.masked(row)) {
       index = -1;
-      continue;
-    }
-    const float *best = m.best.get() + r * lanes, *second = m.second.get() + r * lanes;
-    float top = best[0], next = second[0];
-    int32_t at = m.index[r * lanes];
-    for (int64_t l = 1; l < lanes; ++l) {
-      next = std::max({next, second[l], std::min(top, best[l])});
-      if (best[l] > top) top = best[l], at = m.index[r * lanes + l];
-    }
-    const bool finite = std::isfinite(top);
-    if (!s.exact) {
-      index = finite ? at : 0;
-      continue;
+      return false;
     }
     // A row of zeros has the same product and the same cosine with every code.
-    if (c.metric != VQFAST_L2 && m.norms[r].exact == 0) {
-      index = c.facts->first;
-      continue;
+    if (codes_.metric != VQFAST_L2 && m.norms[i].exact == 0) {
+      index = codes_.facts->first;
+      return false;
     }
-    const double bound = error_bound(c, m.norms[r]);
-    // False as well where anything is NaN or infinite: then every code with a finite bias is in question.
-    if (finite && (double)top - next > 2 * bound) {
-      index = at;
-    } else {
-      const double least = (double)top - 2 * bound;
-      const float rounded = (float)least;
-      const bool known = finite && std::isfinite(bound);
-      m.open.push_back({first + r, known ? std::nextafter(rounded, kNever) : kNever});
+    if (!std::isfinite(contest.reach)) {
+      if (!rows_.finite(row, codes_.D)) return exact_;
+      m.codes.clear();
+      for (int64_t k = 0; k < codes_.K; ++k)
+        if (codes_.bias[k] != kNever) m.codes.push_back((int32_t)k);
+      index = nearest_of(codes_, rows_.row(row), rows_.x.stride_feature, m.codes, m.wide.get(), m.estimates);
+      return exact_;
     }
+    contest.drop_losers();
+    const bool open = exact_ && (contest.n_cells > 1 || contest.winner >= 0);
+    if (contest.n_cells > 0) settle(m, row, contest);
+    if (contest.winner >= 0) index = contest.winner;
+    return open;
   }
-}
-
-bool all_finite(const Search &s, int64_t row) {
-  bool finite = true;
-  with_element(s.codes.dtype, [&](auto *type) {
-    const auto *x = (decltype(type))s.row(row);
-    for (int64_t d = 0; d < s.codes.D; ++d) finite &= std::isfinite((double)widen(x[d * s.x.stride_feature]));
-  });
-  return finite;
-}
-
-// Decides the rows of m.open: their scores once more, then the codes whose score reaches the threshold, by distance.
-void second_pass(const Search &s, Scratch &m) {
-  const Codes &c = s.codes;
-  const ScoreEngine &engine = c.engine;
-  const int64_t width = engine.tile_rows, n = (int64_t)m.open.size(), tiles = (n + width - 1) / width;
-  std::vector<int64_t> rows(n);
-  for (int64_t i = 0; i < n; ++i) rows[i] = m.open[i].row;
-  for (int64_t t = 0; t < tiles; ++t)
-    pack_gathered(s, &rows[t * width], std::min(width, n - t * width), m.tiles.get() + t * engine.tile_bytes(c.D),
-                  m.norms.data());
-  if ((int64_t)m.candidates.size() < n) m.candidates.resize(n);
-  for (int64_t i = 0; i < n; ++i) m.candidates[i].clear();
-
-  const int64_t stride = second_stride(engine);
-  for (int64_t p = 0; p < c.n_panels(); p += kSecondPanels) {
-    const int64_t n_panels = std::min(kSecondPanels, c.n_panels() - p), first = p * engine.panel_codes;
-    for (int64_t t = 0; t < tiles; ++t) {
-      engine.score_all(m.tiles.get() + t * engine.tile_bytes(c.D), c.panels + p * engine.panel_bytes(c.D),
-                       c.bias + first, c.D, n_panels, stride, m.scores.get());
-      for (int64_t i = t * width; i < std::min(n, (t + 1) * width); ++i) {
-        if (m.open[i].threshold == kNever) continue;
-        const int64_t count = c.isa.find_scores(m.scores.get() + (i - t * width) * stride,
-                                                n_panels * engine.panel_codes, m.open[i].threshold, m.found.get());
-        for (int64_t j = 0; j < count; ++j) m.candidates[i].push_back((int32_t)first + m.found[j]);
-      }
-    }
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    std::vector<int32_t> &candidates = m.candidates[i];
-    int64_t &index = s.indices[rows[i] * s.step];
-    index = 0;
-    if (!all_finite(s, rows[i])) continue;
-    if (m.open[i].threshold == kNever)
-      for (int64_t k = 0; k < c.K; ++k)
-        if (c.bias[k] != kNever) candidates.push_back((int32_t)k);
-    index = nearest_of(c, s.row(rows[i]), s.x.stride_feature, candidates, m.wide.get(), m.estimates);
-  }
-}
-
-// One head's rows; false: out of memory. Adds to `reranked`.
-bool search(const Search &s, int64_t &reranked) {
-  const Codes &codes = s.codes;
-  const ScoreEngine &engine = codes.engine;
-  const int64_t N = s.x.batch * s.x.rows;
-  // Rows that share one trip through the panels: few enough to stay in cache, and at least four chunks a thread.
-  const int64_t width = engine.tile_rows;
-  const int64_t fair = (N / (4 * omp_get_max_threads()) + width - 1) / width;
-  const int64_t chunk = width * std::max<int64_t>(1, std::min(kChunkBytes / engine.tile_bytes(codes.D), fair));
-  int64_t total = 0;
-  bool enough = true;
-#pragma omp parallel reduction(+ : total) reduction(&& : enough) if (N * codes.K * codes.D > 1 << 18)
-  {
-    Scratch m;
-    alignas(64) char saved[64];
-    if (engine.begin) engine.begin(saved);
-#pragma omp for schedule(dynamic)
-    for (int64_t first = 0; first < N; first += chunk) {
-      // No exception may leave the parallel region: a lack of memory becomes the error code.
-      try {
-        if (!m.tiles) m.allocate(codes, chunk);
-        m.open.clear();
-        first_pass(s, m, first, std::min(chunk, N - first));
-        if (m.open.empty()) continue;
-        total += (int64_t)m.open.size();
-        m.allocate_second(codes);
-        second_pass(s, m);
-      } catch (const std::bad_alloc &) {
-        enough = false;
-      }
-    }
-    if (engine.end) engine.end(saved);
-  }
-  reranked += total;
-  return enough;
-}
+};
 
 }  // namespace
 }  // namespace vqfast
@@ -283,7 +308,7 @@ extern "C" int vqfast_cpu_nearest(vqfast_dtype dtype, vqfast_metric metric, int 
     if (!prepared && !codes.prepare()) return VQFAST_OUT_OF_MEMORY;
     vqfast_rows rows = x;
     rows.data = (const char *)x.data + h * stride_head * size;
-    if (!search({codes, exact != 0, rows, heads, mask ? mask + h : nullptr, indices + h}, total))
+    if (!Search(codes, exact != 0, {dtype, rows, heads, mask ? mask + h : nullptr, indices + h}).run(total))
       return VQFAST_OUT_OF_MEMORY;
   }
   if (reranked) *reranked = total;

@@ -93,20 +93,24 @@ static inline __attribute__((always_inline)) void multiply(const uint16_t *tile,
 }
 
 static void score(const void *tile, const void *panels, const float *bias, int64_t D, int64_t n_panels,
-                  int64_t first_code, float *best, float *second, int32_t *index) {
+                  int64_t group, int64_t stride, float *maxima) {
   alignas(64) float sums[2][kSide * kSide];
-  vi code = first_codes(first_code - kSide);
   const int64_t n_blocks = blocks(D);
   const uint16_t *panel = (const uint16_t *)panels;
+  int64_t taken = 0;  // panels of the current group
   // One panel behind: the vector unit takes the scores of a panel while the matrix unit is at the next.
-  for (int64_t p = 0; p <= n_panels; ++p, code += kSide, bias += kSide, panel += n_blocks * kBlock) {
+  for (int64_t p = 0; p <= n_panels; ++p, bias += kSide, panel += n_blocks * kBlock) {
     if (p < n_panels) multiply((const uint16_t *)tile, panel, bias, n_blocks);
     if (p > 0) {
       const float *from = sums[(p - 1) % 2];
-      for (int r = 0; r < kSide; ++r) {
-        const vf scores[2] = {load(from + r * kSide), load(from + r * kSide + 16)};
-        take_scores<2>(scores, code, best + r * kLanes, second + r * kLanes, index + r * kLanes);
-      }
+      // Two loops, each without a branch.
+      if (taken == 0)
+        for (int r = 0; r < kSide; ++r)
+          take_scores(load(from + r * kSide), load(from + r * kSide + 16), true, maxima + r * stride);
+      else
+        for (int r = 0; r < kSide; ++r)
+          take_scores(load(from + r * kSide), load(from + r * kSide + 16), false, maxima + r * stride);
+      if (++taken == group) taken = 0, maxima += kLanes;
     }
     if (p < n_panels) {
       float *to = sums[p % 2];
@@ -118,22 +122,9 @@ static void score(const void *tile, const void *panels, const float *bias, int64
   }
 }
 
-static void score_all(const void *tile, const void *panels, const float *bias, int64_t D, int64_t n_panels,
-                      int64_t stride, float *scores) {
-  const int64_t n_blocks = blocks(D);
-  const uint16_t *panel = (const uint16_t *)panels;
-  for (int64_t p = 0; p < n_panels; ++p, bias += kSide, scores += kSide, panel += n_blocks * kBlock) {
-    multiply((const uint16_t *)tile, panel, bias, n_blocks);
-    _tile_stored(0, scores, stride * 4);
-    _tile_stored(1, scores + 16, stride * 4);
-    _tile_stored(2, scores + 16 * stride, stride * 4);
-    _tile_stored(3, scores + 16 * stride + 16, stride * 4);
-  }
-}
-
 extern const ScoreEngine engine;
 const ScoreEngine engine = {
-    "bfloat16 tiles", kLanes, kSide, kSide, 2, kFeatures, 32, pack<RowLayout>, pack<CodeLayout>, score, score_all, begin, end,
+    "bfloat16 tiles", kLanes, kSide, kSide, 2, kFeatures, 32, pack<RowLayout>, pack<CodeLayout>, score, begin, end,
 };
 
 }  // namespace vqfast::VQFAST_ISA::amx_tiles

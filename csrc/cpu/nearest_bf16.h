@@ -53,24 +53,16 @@ static inline __attribute__((always_inline)) void score_panel(const uint32_t *ti
 }
 
 static void score(const void *tile, const void *panels, const float *bias, int64_t D, int64_t n_panels,
-                  int64_t first_code, float *best, float *second, int32_t *index) {
+                  int64_t group, int64_t stride, float *maxima) {
   const int64_t pairs = (D + 1) / 2;
-  score_panels<kTileRows>((const uint32_t *)panels, pairs * kPanelCodes, bias, n_panels, first_code, best, second, index,
-                          [&](const uint32_t *panel, const float *start, vf (&scores)[kTileRows][2])
-                              __attribute__((always_inline)) { score_panel((const uint32_t *)tile, panel, start, pairs, scores); });
-}
-
-static void score_all(const void *tile, const void *panels, const float *bias, int64_t D, int64_t n_panels,
-                      int64_t stride, float *out) {
-  const int64_t pairs = (D + 1) / 2;
-  store_panels<kTileRows>((const uint32_t *)panels, pairs * kPanelCodes, bias, n_panels, stride, out,
+  score_panels<kTileRows>((const uint32_t *)panels, pairs * kPanelCodes, bias, n_panels, group, stride, maxima,
                           [&](const uint32_t *panel, const float *start, vf (&scores)[kTileRows][2])
                               __attribute__((always_inline)) { score_panel((const uint32_t *)tile, panel, start, pairs, scores); });
 }
 
 extern const ScoreEngine engine;
 const ScoreEngine engine = {
-    "bfloat16", kLanes, kTileRows, kPanelCodes, 2, 2, 16, pack<kTileRows>, pack<kPanelCodes>, score, score_all, nullptr, nullptr,
+    "bfloat16", kLanes, kTileRows, kPanelCodes, 2, 2, 16, pack<kTileRows>, pack<kPanelCodes>, score, nullptr, nullptr,
 };
 
 }  // namespace vqfast::VQFAST_ISA::bf16_pairs

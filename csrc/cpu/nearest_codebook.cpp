@@ -13,6 +13,8 @@
 namespace vqfast {
 namespace {
 
+constexpr double kLargest = std::numeric_limits<double>::max();
+
 // What is packed: the codebook, or its codes at unit length in float64.
 struct Source {
   vqfast_dtype dtype;
@@ -51,25 +53,44 @@ void unit_codes(const Codes &codes, double *units) {
 }
 
 // The centre and the scale: the mean over the finite values of each feature, and the power of two that brings the largest
-// deviation to [1, 2). Neither has to be exact: the bound holds for any centre and any power of two.
-void centre(const Codes &codes, const Source &source) {
-  constexpr int64_t kFeatures = 8;
+// deviation to [1, 2). Neither has to be exact: the bound holds for any centre and any power of two. False: out of memory.
+bool centre(const Codes &codes, const Source &source) {
   const int64_t K = codes.K, D = codes.D;
+  // A number of parts that does not depend on that of the threads, so that the centre does not either.
+  const int64_t n_parts = K * D > 1 << 16 ? 16 : 1, part = (K + n_parts - 1) / n_parts;
+  const Buffer<double> memory = buffer<double>(4 * D * n_parts);
+  if (!memory) return false;
+  const auto ranges = [&](int64_t p) {
+    double *at = memory.get() + 4 * D * p;
+    return FeatureRanges{at, at + D, at + 2 * D, at + 3 * D};
+  };
+#pragma omp parallel for schedule(static) if (n_parts > 1)
+  for (int64_t p = 0; p < n_parts; ++p) {
+    const FeatureRanges r = ranges(p);
+    std::fill_n(r.sum, 2 * D, 0.0);
+    std::fill_n(r.least, D, kLargest);
+    std::fill_n(r.largest, D, -kLargest);
+    const int64_t first = std::min(p * part, K), n = std::min(part, K - first);
+    codes.isa.feature_ranges(source.dtype, source.code(first), n, D, 1.0 / (double)K, r);
+  }
   double widest = 0, magnitude = 0;
-#pragma omp parallel for schedule(static) reduction(max : widest, magnitude) if (K * D > 1 << 16)
-  for (int64_t d0 = 0; d0 < D; d0 += kFeatures) {
-    const int m = (int)std::min(kFeatures, D - d0);
-    double sum[kFeatures], count[kFeatures], least[kFeatures], largest[kFeatures];
-    codes.isa.feature_ranges(source.dtype, source.data, K, D, d0, m, 1.0 / (double)K, sum, count, least, largest);
-    for (int j = 0; j < m; ++j) {
-      const double mean = codes.mean[d0 + j] = count[j] > 0 ? sum[j] * ((double)K / count[j]) : 0.0;
-      if (count[j] == 0) continue;
-      widest = std::max({widest, largest[j] - mean, mean - least[j]});
-      magnitude = std::max({magnitude, largest[j], -least[j]});
+  for (int64_t d = 0; d < D; ++d) {
+    double sum = 0, count = 0, least = kLargest, largest = -kLargest;
+    for (int64_t p = 0; p < n_parts; ++p) {
+      const FeatureRanges r = ranges(p);
+      sum += r.sum[d];
+      count += r.count[d];
+      least = std::min(least, r.least[d]);
+      largest = std::max(largest, r.largest[d]);
     }
+    const double mean = codes.mean[d] = count > 0 ? sum * ((double)K / count) : 0.0;
+    if (count == 0) continue;
+    widest = std::max({widest, largest - mean, mean - least});
+    magnitude = std::max({magnitude, largest, -least});
   }
   codes.facts->scale = scale_to_one(widest);
   codes.facts->largest = magnitude;
+  return true;
 }
 
 }  // namespace
@@ -98,7 +119,7 @@ bool Codes::prepare() const {
     unit_codes(*this, units.get());
     source = {VQFAST_F64, (const char *)units.get(), D};
   }
-  centre(*this, source);
+  if (!centre(*this, source)) return false;
 
   const double scale = facts->scale;
   double rounded = 0, exact = 0, residual = 0;

@@ -7,6 +7,7 @@
 
 #include "convert.h"
 #include "dispatch.h"
+#include "nearest_pack.h"
 #include "simd.h"
 
 namespace vqfast::VQFAST_ISA {
@@ -26,17 +27,36 @@ static inline unsigned bits_of(vi lanes) {
 #endif
 }
 
-// Positions of the scores that are at least `threshold`, in order; returns how many. n is a multiple of 2 kLanes.
+// The largest of n scores, a multiple of kLanes; -infinity for none.
+static float largest_score(const float *scores, int64_t n) {
+  vf top = splat(-__builtin_inff());
+  for (int64_t i = 0; i < n; i += kLanes) top = max(load(scores + i), top);
+  float largest = top[0];
+  for (int l = 1; l < kLanes; ++l) largest = top[l] > largest ? top[l] : largest;
+  return largest;
+}
+
+// Positions of the scores that are at least `threshold`, in order; returns how many. n is a multiple of kLanes.
 static int64_t find_scores(const float *scores, int64_t n, float threshold, int32_t *found) {
   int64_t count = 0;
   const vf least = splat(threshold);
-  for (int64_t i = 0; i < n; i += 2 * kLanes) {
-    const vf a = load(scores + i), b = load(scores + i + kLanes);
-    if (!bits_of(max(a, b) >= least)) continue;
-    for (unsigned bits = bits_of(a >= least) | bits_of(b >= least) << kLanes; bits; bits &= bits - 1)
+  for (int64_t i = 0; i < n; i += kLanes)
+    for (unsigned bits = bits_of(load(scores + i) >= least); bits; bits &= bits - 1)
       found[count++] = (int32_t)i + __builtin_ctz(bits);
-  }
   return count;
+}
+
+// A row in float64, times `scale`; times a power of two of its own where that is 0.
+static void widen_row(vqfast_dtype dtype, const void *row, int64_t stride_feature, int64_t D, double scale,
+                      double *wide) {
+  with_element(dtype, [&](auto *type) {
+    const auto *x = (decltype(type))row;
+    const double factor = scale != 0 ? scale : scale_to_one(largest_magnitude(x, stride_feature, D));
+    int64_t d = 0;
+    if (stride_feature == 1)
+      for (; d + 8 <= D; d += 8) *(vd8_unaligned *)(wide + d) = eight(x + d) * factor;
+    for (; d < D; ++d) wide[d] = (double)widen(x[d * stride_feature]) * factor;
+  });
 }
 
 // ||row - scale code||^2, eight partial sums; the relative error is below (D + 8) 2^-53.

@@ -25,17 +25,9 @@ struct ExactRow {
   double *wide;  // (D)
 
   ExactRow(const Codes &codes, const void *row, int64_t stride_feature, double *wide) : codes(codes), wide(wide) {
-    double largest = 0;
-    with_element(codes.dtype, [&](auto *type) {
-      const auto *x = (decltype(type))row;
-      for (int64_t d = 0; d < codes.D; ++d) {
-        wide[d] = (double)widen(x[d * stride_feature]);
-        largest = std::max(largest, std::fabs(wide[d]));
-      }
-    });
     // Distances need one scale for rows and codes; products and cosines only lose a factor that all codes share.
-    const double scale = codes.metric == VQFAST_L2 ? codes.facts->scale : scale_to_one(largest);
-    for (int64_t d = 0; d < codes.D; ++d) wide[d] *= scale;
+    const double scale = codes.metric == VQFAST_L2 ? codes.facts->scale : 0;
+    codes.isa.widen_row(codes.dtype, row, stride_feature, codes.D, scale, wide);
   }
 
   double code_scale(int64_t k) const {
@@ -85,8 +77,9 @@ struct ExactRow {
 // The nearest of the codes found, which are in order: the lowest index among equals; 0 if there are none.
 inline int64_t nearest_of(const Codes &codes, const void *row, int64_t stride_feature,
                           const std::vector<int32_t> &found, double *wide, std::vector<Estimate> &estimates) {
-  const ExactRow exact(codes, row, stride_feature, wide);
   const size_t n = found.size();
+  if (n == 1) return found[0];
+  const ExactRow exact(codes, row, stride_feature, wide);
   estimates.resize(n);
   double limit = -std::numeric_limits<double>::infinity();  // the nearest is worth at least this
   for (size_t i = 0; i < n; ++i) {

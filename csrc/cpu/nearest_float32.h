@@ -44,21 +44,14 @@ static inline __attribute__((always_inline)) void score_panel(const float *tile,
 }
 
 static void score(const void *tile, const void *panels, const float *bias, int64_t D, int64_t n_panels,
-                  int64_t first_code, float *best, float *second, int32_t *index) {
-  score_panels<kTileRows>((const float *)panels, D * kPanelCodes, bias, n_panels, first_code, best, second, index,
-                          [&](const float *panel, const float *start, vf (&scores)[kTileRows][2])
-                              __attribute__((always_inline)) { score_panel((const float *)tile, panel, start, D, scores); });
-}
-
-static void score_all(const void *tile, const void *panels, const float *bias, int64_t D, int64_t n_panels,
-                      int64_t stride, float *out) {
-  store_panels<kTileRows>((const float *)panels, D * kPanelCodes, bias, n_panels, stride, out,
+                  int64_t group, int64_t stride, float *maxima) {
+  score_panels<kTileRows>((const float *)panels, D * kPanelCodes, bias, n_panels, group, stride, maxima,
                           [&](const float *panel, const float *start, vf (&scores)[kTileRows][2])
                               __attribute__((always_inline)) { score_panel((const float *)tile, panel, start, D, scores); });
 }
 
 static const ScoreEngine engine = {
-    "float32", kLanes, kTileRows, kPanelCodes, 4, 1, 1, pack<kTileRows>, pack<kPanelCodes>, score, score_all, nullptr, nullptr,
+    "float32", kLanes, kTileRows, kPanelCodes, 4, 1, 1, pack<kTileRows>, pack<kPanelCodes>, score, nullptr, nullptr,
 };
 
 }  // namespace vqfast::VQFAST_ISA::float32

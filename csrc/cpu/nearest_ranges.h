@@ -2,35 +2,45 @@
 #pragma once
 
 #include "convert.h"
-#include "simd.h"
+#include "dispatch.h"
+#include "nearest_pack.h"
 
 namespace vqfast::VQFAST_ISA {
 
-// For features d0..d0+m-1 of a codebook (K, D), over their finite values: the sum of value * share, how many they are, the
-// least and the largest.
-static void feature_ranges(vqfast_dtype dtype, const void *codebook, int64_t K, int64_t D, int64_t d0, int m,
-                           double share, double *sum, double *count, double *least, double *largest) {
-  constexpr double kFinite = __DBL_MAX__;
-  constexpr int kLimit = 8;
+// Takes n codes into the ranges of their D features. value * share is summed: the sum of the values might overflow.
+static void feature_ranges(vqfast_dtype dtype, const void *codes, int64_t n, int64_t D, double share,
+                           const FeatureRanges &ranges) {
+  constexpr int64_t kBlock = 32;  // codes whose features are gone through eight at a time, in registers
+  const vd8 finite = (vd8){} + __DBL_MAX__;
   with_element(dtype, [&](auto *type) {
-    const auto *base = (decltype(type))codebook + d0;
-    double sums[kLimit] = {}, counts[kLimit] = {}, low[kLimit], high[kLimit];
-    for (int j = 0; j < kLimit; ++j) low[j] = kFinite, high[j] = -kFinite;
-    const auto take = [&](const auto *row, int limit) __attribute__((always_inline)) {
-      for (int j = 0; j < limit; ++j) {
-        const double v = (double)widen(row[j]);
-        const bool finite = v <= kFinite && v >= -kFinite;
-        sums[j] += finite ? v * share : 0.0;  // divided before the sum, which might overflow
-        counts[j] += finite ? 1.0 : 0.0;
-        low[j] = finite && v < low[j] ? v : low[j];
-        high[j] = finite && v > high[j] ? v : high[j];
+    for (int64_t k0 = 0; k0 < n; k0 += kBlock) {
+      const auto *block = (decltype(type))codes + k0 * D;
+      const int64_t after = n - k0 < kBlock ? n - k0 : kBlock;
+      for (int64_t d0 = 0; d0 < D; d0 += 8) {
+        const int m = D - d0 < 8 ? (int)(D - d0) : 8;
+        vd8 sum = {}, count = {}, least = finite, largest = -finite;
+        for (int64_t k = 0; k < after; ++k) {
+          const auto *at = block + k * D + d0;
+          vd8 v = {};
+          if (m == 8)
+            v = eight(at);
+          else
+            for (int j = 0; j < m; ++j) v[j] = (double)widen(at[j]);
+          const auto usable = (v <= finite) & (v >= -finite);
+          sum += usable ? v * share : (vd8){};
+          count += usable ? (vd8){} + 1.0 : (vd8){};
+          least = usable & (v < least) ? v : least;
+          largest = usable & (v > largest) ? v : largest;
+        }
+        for (int j = 0; j < m; ++j) {
+          const int64_t d = d0 + j;
+          ranges.sum[d] += sum[j];
+          ranges.count[d] += count[j];
+          ranges.least[d] = least[j] < ranges.least[d] ? least[j] : ranges.least[d];
+          ranges.largest[d] = largest[j] > ranges.largest[d] ? largest[j] : ranges.largest[d];
+        }
       }
-    };
-    if (m == kLimit)
-      for (int64_t k = 0; k < K; ++k) take(base + k * D, kLimit);
-    else
-      for (int64_t k = 0; k < K; ++k) take(base + k * D, m);
-    for (int j = 0; j < m; ++j) sum[j] = sums[j], count[j] = counts[j], least[j] = low[j], largest[j] = high[j];
+    }
   });
 }
 

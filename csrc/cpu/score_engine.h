@@ -15,9 +15,9 @@ struct PackedNorm {
 
 struct ScoreEngine {
   const char *name;
-  int lanes;           // running maxima that a row keeps
+  int lanes;           // of a vector of scores
   int tile_rows;       // rows that are scored together
-  int panel_codes;     // codes that are packed together
+  int panel_codes;     // codes that are packed together: 2 lanes
   int element_size;    // bytes of a packed value
   int feature_block;   // features are padded with zeros to a multiple of this
   int least_features;  // with fewer the float32 engine is faster
@@ -29,15 +29,11 @@ struct ScoreEngine {
   void (*pack_panel)(vqfast_dtype dtype, const void *rows, int64_t stride_row, int64_t stride_feature, int64_t n,
                      int64_t D, const double *mean, double scale, void *panel, PackedNorm *norms);
 
-  // A tile against n_panels panels. best, second and index hold `lanes` values a row: the largest and the second largest
-  // score that each lane has met, and the code of the largest. They are read and written, so that a codebook can be
-  // gone through in parts.
-  void (*score)(const void *tile, const void *panels, const float *bias, int64_t D, int64_t n_panels,
-                int64_t first_code, float *best, float *second, int32_t *index);
-
-  // The same scores, bit for bit, all of them: scores[r * stride + code].
-  void (*score_all)(const void *tile, const void *panels, const float *bias, int64_t D, int64_t n_panels,
-                    int64_t stride, float *scores);
+  // A tile against n_panels panels, `group` of them at a time (the last time fewer): the largest score that each lane of
+  // each row meets in a group, maxima[row * stride + group * lanes + lane]. Two vectors of `lanes` codes make a panel, so
+  // that a lane of a group stands for 2 * group codes, `lanes` apart.
+  void (*score)(const void *tile, const void *panels, const float *bias, int64_t D, int64_t n_panels, int64_t group,
+                int64_t stride, float *maxima);
 
   // What a thread must do before it scores and after; `saved` is 64 bytes of its own. Null where there is nothing.
   void (*begin)(void *saved);

@@ -33,7 +33,7 @@ struct Kernels {
                          const FeatureRanges &ranges);
 
   // nearest_decide.h
-  float (*largest_score)(const float *scores, int64_t n);
+  float (*largest_score)(const float *scores, int64_t n, float least);
   int64_t (*find_scores)(const float *scores, int64_t n, float threshold, int32_t *found);
   void (*widen_row)(vqfast_dtype dtype, const void *row, int64_t stride_feature, int64_t D, double scale, double *wide);
   double (*distance)(vqfast_dtype dtype, const double *row, const void *code, double scale, int64_t D);

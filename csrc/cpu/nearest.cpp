@@ -25,8 +25,8 @@ constexpr int64_t kStripPanels = 32;        // whose maxima are read back while 
 constexpr int kMostCells = 12;
 
 // Panels a group. The more, the fewer maxima are written, and the more codes each leaves to compare, which costs most
-// where codes are long or few.
-int64_t group_for(int64_t n_panels, int64_t D) { return n_panels < 64 || D >= 128 ? 1 : 4; }
+// where codes are long or few. Measured: kernels/nearest/README.md.
+int64_t group_for(int64_t n_panels, int64_t D) { return n_panels < 64 || D >= 128 ? 1 : D >= 32 ? 2 : 4; }
 
 // B(x): no score of this row differs from its real value by more. Infinite where one might overflow.
 double error_bound(const Codes &codes, const PackedNorm &row) {
@@ -229,8 +229,8 @@ class Search {
 
   // The maxima of cells first_cell.. of a row.
   void take(Scratch &m, int64_t row, Contest &contest, const float *maxima, int64_t n, int64_t first_cell) const {
-    const float top = codes_.isa.largest_score(maxima, n);
-    if (!(top >= contest.least) || top == kNever) return;
+    const float top = codes_.isa.largest_score(maxima, n, contest.least);
+    if (top == kNever) return;
     if (top > contest.best) contest.raise(top);
     const int64_t count = codes_.isa.find_scores(maxima, n, contest.least, m.found.get());
     for (int64_t j = 0; j < count; ++j) {

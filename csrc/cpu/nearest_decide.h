@@ -27,13 +27,18 @@ static inline unsigned bits_of(vi lanes) {
 #endif
 }
 
-// The largest of n scores, a multiple of kLanes; -infinity for none.
-static float largest_score(const float *scores, int64_t n) {
+// The largest of n scores, a multiple of kLanes, if it reaches `least`; else -infinity.
+static float largest_score(const float *scores, int64_t n, float least) {
   vf top = splat(-__builtin_inff());
   for (int64_t i = 0; i < n; i += kLanes) top = max(load(scores + i), top);
-  float largest = top[0];
-  for (int l = 1; l < kLanes; ++l) largest = top[l] > largest ? top[l] : largest;
-  return largest;
+  if (!bits_of(top >= splat(least))) return -__builtin_inff();
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    vi other;
+    for (int l = 0; l < kLanes; ++l) other[l] = l ^ half;
+    top = max(top, __builtin_shuffle(top, other));
+  }
+  return top[0];
 }
 
 // Positions of the scores that are at least `threshold`, in order; returns how many. n is a multiple of kLanes.

@@ -37,7 +37,7 @@ typedef struct {
  * index; codebook (heads, K, D), both of `dtype`. x is the view of head 0, the others follow at stride_head elements.
  * exact 0 leaves out what the scores cannot decide. mask (N, heads) bytes or null: where 0, the index is -1. prepared:
  * what ..._prepare wrote for this dtype, metric and codebook, or null. reranked, if not null, receives how many rows
- * were decided in float64. */
+ * the scores left open. */
 int vqfast_cpu_nearest(vqfast_dtype dtype, vqfast_metric metric, int exact, vqfast_rows x, int64_t heads,
                        int64_t stride_head, int64_t D, const void *codebook, int64_t K, const uint8_t *mask,
                        const void *prepared, int64_t *indices, int64_t *reranked);

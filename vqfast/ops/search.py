@@ -57,7 +57,8 @@ def nearest_code(
             m the mean of the codebook (||x|| for "dot"). Equal codes may give any of them. A backend without such
             scores may answer exactly.
         mask: (...) bool, or (..., H), True where a vector counts; elsewhere the index is -1.
-        return_certificate: also return how many rows the scores left open, and float64 decided.
+        return_certificate: also return how many rows the scores left open: on the CPU between several groups of up to
+            eight codes, elsewhere between several codes.
 
     Returns:
         (...) or (..., H) int64, not differentiable; with `return_certificate` also a scalar int64.

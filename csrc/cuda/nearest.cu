@@ -1,4 +1,4 @@
-#include "nearest.cuh"
+#include "nearest_decide.cuh"
 
 #include "runtime.h"
 

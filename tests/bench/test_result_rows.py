@@ -73,7 +73,7 @@ def sources(tmp_path) -> Path:
     [
         ("csrc/cpu/nearest.cpp", ["cpu nearest", "cpu quantize_step"], ["cpu q_sample", "cuda nearest"]),
         ("csrc/include/vqfast.h", ["cpu p_sample", "cuda nearest"], ["triton nearest"]),
-        ("csrc/cuda/nearest.cuh", ["cuda nearest"], ["cpu nearest", "cuda p_sample"]),
+        ("csrc/cuda/nearest_scores.cuh", ["cuda nearest"], ["cpu nearest", "cuda p_sample"]),
         ("kernels/nearest/triton.py", ["triton nearest"], ["cpu nearest"]),
         ("kernels/nearest/reference.py", ["reference nearest"], ["triton nearest"]),
     ],

@@ -39,9 +39,11 @@ def read_image(file: BinaryIO, image_size: int | None) -> np.ndarray:
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     elif is_grey(image):
         image = image.convert("L")
-    else:
+    elif image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    else:
+        image = image.convert("RGB")
     if image_size is not None:
         image = fit(image, image_size)
     pixels = np.asarray(image)

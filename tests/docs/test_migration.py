@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import vqfast.nn
-from tests.nn import test_residual_vq, test_vector_quantize
+from tests.nn import test_residual_vq, test_vector_quantize_peer
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "from-vector-quantize-pytorch.md"
 CLASSES = ["VectorQuantize", "ResidualVQ", "GroupedResidualVQ", "FSQ", "LFQ", "SimVQ"]
@@ -50,7 +50,7 @@ def test_what_is_said_to_be_offered_is(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "tests"), [("VectorQuantize", test_vector_quantize), ("ResidualVQ", test_residual_vq)]
+    ("name", "tests"), [("VectorQuantize", test_vector_quantize_peer), ("ResidualVQ", test_residual_vq)]
 )
 def test_what_is_said_to_be_the_same_is_trained_side_by_side(name, tests):
     said = {option for option, status in listed(name).items() if status == "same" and not option.startswith("forward")}

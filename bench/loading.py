@@ -51,7 +51,9 @@ def main() -> None:
         images = ImageBatches(open_dataset(name, image_size=options.image_size), "all")
         found = _rate(images, 16, options)
         share = found / bare / options.workers
-        print(f"{f'{options.workers} workers, nothing else':<30} {found:7.1f} images/s, {share:.0%} of their bare loops")
+        print(
+            f"{f'{options.workers} workers, nothing else':<30} {found:7.1f} images/s, {share:.0%} of their bare loops"
+        )
 
         batch = max(1, int(0.9 * options.step * found))
         waits = _waits(images, batch, options)

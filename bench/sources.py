@@ -23,7 +23,7 @@ KERNELS = {
 
 # First words of file names in csrc that belong to some ops only; every other file counts for all.
 _FAMILIES = {
-    "nearest": {"nearest"},
+    "nearest": {"nearest", "tensor"},
     "lookup": {"codebook", "lookup"},
     "codebook_stats": {"codebook"},
     "q_sample": {"diffusion", "sampling"},

@@ -37,40 +37,79 @@ constexpr LaunchPlan each_plan(int64_t items, int64_t per_block, unsigned thread
 constexpr int kSearchThreads = 256;
 constexpr int kTileRows = 128, kTileCodes = 128, kTileFeatures = 8;
 constexpr int kSearchBlocksPerMultiprocessor = 2;
+constexpr int kTensorRows = 128, kTensorCodes = 256;
+constexpr int kListedCells = 24, kKeptCells = 8;  // of a row, while its scores come in and after
+constexpr int64_t kPackedBytes = (int64_t)128 << 20;
+
+// The codebook cut into `splits` parts, so that few rows fill the device too.
+struct CodeSplits {
+  int64_t splits, tiles_per_split;
+};
+
+// The cut with the least time, counted in code tiles that a slot for a block goes through one after the other; half a
+// tile more per block for its start. At most 8 waves of blocks, so that partial results stay small.
+constexpr CodeSplits split_codes(int64_t row_tiles, int64_t code_tiles, int64_t slots) {
+  int64_t least = -1, best = code_tiles;
+  for (int64_t s = 1; s <= at_most(code_tiles, 1024); ++s) {
+    if (s > 1 && s * row_tiles > 8 * slots) break;
+    const int64_t tiles = ceil_div(code_tiles, s);
+    const int64_t cost = ceil_div(row_tiles * s, slots) * (2 * tiles + 1);
+    if (least < 0 || cost < least) {
+      least = cost;
+      best = tiles;
+    }
+  }
+  return {ceil_div(code_tiles, best), best};
+}
 
 struct SearchPlan {
   int64_t row_tiles, code_tiles;
-  int64_t splits, tiles_per_split;  // the codebook is cut into `splits` parts, so that few rows fill the device too
+  CodeSplits parts;
   int64_t padded_codes, padded_features;
   int64_t exact_blocks;  // of the fixed grid that decides the rows left open
 };
 
-// The split with the least time, counted in code tiles that a multiprocessor goes through one after the other; half a
-// tile more per block for its start. At most 8 waves of blocks, so that partial results stay small.
 constexpr SearchPlan search_plan(int64_t N, int64_t D, int64_t K, DeviceLimits limits) {
   SearchPlan plan = {};
   plan.row_tiles = ceil_div(N, kTileRows);
   plan.code_tiles = ceil_div(K, kTileCodes);
-  const int64_t slots = (int64_t)kSearchBlocksPerMultiprocessor * limits.multiprocessors;
-  int64_t least = -1;
-  for (int64_t s = 1; s <= at_most(plan.code_tiles, 1024); ++s) {
-    if (s > 1 && s * plan.row_tiles > 8 * slots) break;
-    const int64_t tiles = ceil_div(plan.code_tiles, s);
-    const int64_t cost = ceil_div(plan.row_tiles * s, slots) * (2 * tiles + 1);
-    if (least < 0 || cost < least) {
-      least = cost;
-      plan.tiles_per_split = tiles;
-    }
-  }
-  plan.splits = ceil_div(plan.code_tiles, plan.tiles_per_split);
-  plan.padded_codes = plan.code_tiles * kTileCodes;
+  plan.parts = split_codes(plan.row_tiles, plan.code_tiles, (int64_t)kSearchBlocksPerMultiprocessor * limits.multiprocessors);
+  plan.padded_codes = ceil_div(K, kTensorCodes) * kTensorCodes;
   plan.padded_features = ceil_div(D, kTileFeatures) * kTileFeatures;
   plan.exact_blocks = at_most(4 * (int64_t)limits.multiprocessors, limits.grid_x);
   return plan;
 }
 
 constexpr LaunchPlan search_scores_plan(const SearchPlan &plan, DeviceLimits limits) {
-  return {(unsigned)at_least(1, at_most(plan.row_tiles, limits.grid_x)), (unsigned)plan.splits, kSearchThreads, 0};
+  return {(unsigned)at_least(1, at_most(plan.row_tiles, limits.grid_x)), (unsigned)plan.parts.splits, kSearchThreads, 0};
+}
+
+// Scores by tensor cores: rows stay in shared memory, codes come through a ring.
+struct TensorPlan {
+  int stages;      // of the ring; 0: too many features
+  int pitch;       // features of a packed vector
+  int64_t chunk;   // rows packed at a time
+  int64_t shared_bytes;
+  int64_t code_tiles;
+  CodeSplits parts;
+};
+
+constexpr TensorPlan tensor_plan(int64_t N, int64_t D, int64_t K, DeviceLimits limits) {
+  TensorPlan plan = {};
+  plan.pitch = (int)ceil_div(D, 16) * 16;
+  const int64_t panels = ceil_div(plan.pitch, 64), stage = kTensorCodes * 128;
+  // Two kilobytes stay for the kernel's other variables.
+  const int64_t room = limits.shared_bytes - kTensorRows * kListedCells * 8 - 2048 - panels * kTensorRows * 128;
+  plan.stages = room >= 3 * stage ? 3 : room >= 2 * stage ? 2 : 0;
+  plan.chunk = at_most(N, at_least(1, at_most(kPackedBytes / (plan.pitch * 2 * kTensorRows), limits.grid_x)) * kTensorRows);
+  plan.code_tiles = ceil_div(K, kTensorCodes);
+  plan.parts = split_codes(ceil_div(plan.chunk, kTensorRows), plan.code_tiles, limits.multiprocessors);
+  plan.shared_bytes = panels * kTensorRows * 128 + plan.stages * stage;
+  return plan;
+}
+
+constexpr LaunchPlan tensor_scores_plan(const TensorPlan &plan, int64_t n) {
+  return {(unsigned)ceil_div(n, kTensorRows), (unsigned)plan.parts.splits, kSearchThreads, plan.shared_bytes};
 }
 
 // ---- softmax over a row of K scores --------------------------------------------------------------------------------

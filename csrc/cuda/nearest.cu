@@ -1,19 +1,39 @@
-#include "nearest_decide.cuh"
+#include <stdlib.h>
+#include <string.h>
 
+#include "nearest_tensor.cuh"
 #include "runtime.h"
 
 namespace vqfast {
 namespace {
 
+// What scores are made of. Unmeasured: where tensor cores could fill their tiles. VQFAST_CUDA_SCORES=float32 or bfloat16
+// chooses one wherever it can serve.
+bool by_tensor_cores(int64_t N, const TensorPlan &plan, int64_t K) {
+  const char *wanted = getenv("VQFAST_CUDA_SCORES");
+  if (plan.stages == 0 || (wanted && strcmp(wanted, "float32") == 0)) return false;
+  return (wanted && strcmp(wanted, "bfloat16") == 0) || (N >= 512 && K >= 512);
+}
+
 struct SearchMemory {
+  SearchPlan plan;
+  TensorPlan tensor;
+  bool by_tensor;
   SearchState *state;
   CentredCodes codes;
-  Leaders leaders;
+  Leaders leaders = {};
+  TensorFacts *facts = nullptr;
+  PackedVectors rows = {}, packed = {};
+  float *reach = nullptr;
+  KeptCells kept = {};
   OpenRows open;
   Nearest *nearest;
   int64_t bytes;
 
-  SearchMemory(const SearchPlan &plan, int64_t N, int64_t D, int64_t K, void *base) {
+  SearchMemory(int64_t N, int64_t D, int64_t K, const DeviceLimits &limits, void *base)
+      : plan(search_plan(N, D, K, limits)),
+        tensor(tensor_plan(N, D, K, limits)),
+        by_tensor(by_tensor_cores(N, tensor, K)) {
     Scratch scratch(base);
     state = scratch.take<SearchState>(1);
     codes.centre = scratch.take<float>(D);
@@ -21,10 +41,19 @@ struct SearchMemory {
     codes.codes = scratch.take<float>(plan.padded_features * plan.padded_codes);
     codes.bias = scratch.take<float>(plan.padded_codes);
     codes.pitch = plan.padded_codes;
-    leaders.best = scratch.take<float>(plan.splits * N);
-    leaders.second = scratch.take<float>(plan.splits * N);
-    leaders.code = scratch.take<int>(plan.splits * N);
-    leaders.squared_norm = scratch.take<float>(N);
+    if (by_tensor) {
+      const int64_t cells = tensor.parts.splits * tensor.chunk;
+      facts = scratch.take<TensorFacts>(1);
+      packed = {scratch.take<bf16>(plan.padded_codes * tensor.pitch), tensor.pitch};
+      rows = {scratch.take<bf16>(tensor.chunk * tensor.pitch), tensor.pitch};
+      reach = scratch.take<float>(tensor.chunk);
+      kept = {scratch.take<float>(cells), scratch.take<int>(cells), scratch.take<Cell>(cells * kKeptCells)};
+    } else {
+      leaders.best = scratch.take<float>(plan.parts.splits * N);
+      leaders.second = scratch.take<float>(plan.parts.splits * N);
+      leaders.code = scratch.take<int>(plan.parts.splits * N);
+      leaders.squared_norm = scratch.take<float>(N);
+    }
     open.row = scratch.take<int64_t>(N);
     open.threshold = scratch.take<double>(N);
     nearest = scratch.take<Nearest>(N + 2 * plan.exact_blocks);
@@ -32,13 +61,46 @@ struct SearchMemory {
   }
 };
 
+// Every row's index, or the row among the open ones: scores in float32.
+template <typename T>
+void by_float32(Launcher &launch, const SearchMemory &memory, vqfast_metric metric, int exact, const Rows<T> &x,
+                int64_t N, int64_t D, Found found) {
+  const SearchPlan &plan = memory.plan;
+  launch(x.stride_feature == 1 ? nearest_scores<T, false> : nearest_scores<T, true>,
+         search_scores_plan(plan, launch.limits()), metric, x, N, (int)D, memory.codes, memory.state, plan.row_tiles,
+         (int)plan.code_tiles, (int)plan.parts.tiles_per_split, memory.leaders);
+  launch(nearest_certify, tokens_plan(N, launch.limits()), exact, N, D, plan.parts.splits, memory.leaders, memory.state,
+         memory.open, found);
+}
+
+// The same, scores by tensor cores.
+template <typename T>
+void by_tensor_cores(Launcher &launch, const SearchMemory &memory, vqfast_metric metric, int exact, const Rows<T> &x,
+                     int64_t N, int64_t D, const T *codebook, int64_t K, Found found, int64_t *reranked) {
+  const DeviceLimits &limits = launch.limits();
+  const TensorPlan &plan = memory.tensor;
+  launch.zero(memory.facts, sizeof *memory.facts);
+  launch(nearest_tensor_codes<T>, each_plan(memory.plan.padded_codes, 8, 256), metric, codebook, D,
+         memory.plan.padded_codes, memory.codes, memory.packed, memory.state, memory.facts);
+  for (int64_t first = 0; first < N; first += plan.chunk) {
+    const int64_t n = at_most(plan.chunk, N - first);
+    launch(nearest_tensor_rows<T>, items_plan(n, 8, 256, limits), metric, exact, x, first, n, D, memory.codes,
+           memory.state, memory.facts, memory.rows, memory.reach);
+    launch(plan.stages == 3 ? nearest_tensor_scores<3> : nearest_tensor_scores<2>, tensor_scores_plan(plan, n),
+           memory.rows, n, memory.packed, memory.codes.bias, memory.reach, (int)plan.code_tiles,
+           (int)plan.parts.tiles_per_split, memory.kept);
+    launch(nearest_choose<T>, items_plan(n, 8, 256, limits), metric, exact, x, first, n, D, codebook, K,
+           plan.parts.splits, memory.codes.bias, memory.kept, memory.reach, memory.state, memory.open, found, reranked);
+  }
+}
+
 // One head.
 template <typename T>
 void nearest(Launcher &launch, vqfast_metric metric, int exact, const Rows<T> &x, int64_t N, int64_t D,
              const T *codebook, int64_t K, void *scratch, Found found, int64_t *reranked) {
   const DeviceLimits &limits = launch.limits();
-  const SearchPlan plan = search_plan(N, D, K, limits);
-  const SearchMemory memory(plan, N, D, K, scratch);
+  const SearchMemory memory(N, D, K, limits, scratch);
+  const SearchPlan &plan = memory.plan;
   const LaunchPlan exact_plan = {(unsigned)plan.exact_blocks, 1, kSearchThreads, 0};
   launch.zero(memory.state, sizeof *memory.state);
   launch(nearest_centre<T>, each_plan(D, 32, 256), metric, codebook, K, D, memory.codes.centre, memory.state);
@@ -47,15 +109,14 @@ void nearest(Launcher &launch, vqfast_metric metric, int exact, const Rows<T> &x
     launch(nearest_factors<T>, items_plan(K, 8, 256, limits), codebook, K, D, memory.codes.factors);
   launch(nearest_codes<T>, each_plan(plan.padded_codes, 32, 256), metric, codebook, K, D, plan.padded_features,
          memory.codes, memory.state);
-  launch(x.stride_feature == 1 ? nearest_scores<T, false> : nearest_scores<T, true>, search_scores_plan(plan, limits),
-         metric, x, N, (int)D, memory.codes, memory.state, plan.row_tiles, (int)plan.code_tiles,
-         (int)plan.tiles_per_split, memory.leaders);
-  launch(nearest_certify, tokens_plan(N, limits), exact, N, D, plan.splits, memory.leaders, memory.state, memory.open,
-         found);
+  if (memory.by_tensor)
+    by_tensor_cores<T>(launch, memory, metric, exact, x, N, D, codebook, K, found, reranked);
+  else
+    by_float32<T>(launch, memory, metric, exact, x, N, D, found);
   launch(nearest_exact<T>, exact_plan, metric, x, D, codebook, K, memory.codes, memory.state, memory.open,
          memory.nearest);
   launch(nearest_decide, items_plan(at_most(N, 1 << 16), 256, 256, limits), metric, K, plan.exact_blocks, memory.state,
-         memory.open, memory.nearest, found, reranked);
+         memory.open, memory.nearest, found, exact ? reranked : nullptr);
 }
 
 }  // namespace
@@ -65,7 +126,7 @@ using namespace vqfast;
 
 extern "C" int vqfast_cuda_nearest_scratch(int64_t N, int64_t D, int64_t K, int device, int64_t *bytes) {
   Launcher launch(device, nullptr);
-  *bytes = launch.ok() && N > 0 ? SearchMemory(search_plan(N, D, K, launch.limits()), N, D, K, nullptr).bytes : 0;
+  *bytes = launch.ok() && N > 0 ? SearchMemory(N, D, K, launch.limits(), nullptr).bytes : 0;
   return launch.code();
 }
 

@@ -12,6 +12,7 @@ import pytest
 BOUNDS = {
     "nearest_scores": (256, 2),
     "nearest_exact": (256, 1),
+    "nearest_tensor_scores": (256, 1),
     "lookup": (256, 4),
     "stats_scan_codes": (1024, 1),
     "stats_sum": (256, 4),
@@ -81,7 +82,8 @@ def test_every_target_has_every_kernel(usage, extension):
     assert {target for target, _ in usage} == targets
     assert set(usage) == {(target, kernel) for target in targets for kernel in kernels}
     for name, instances in [
-        ("nearest_scores", 8), ("nearest_exact", 4), ("lookup_rows", 4), ("lookup_tiles", 4),
+        ("nearest_scores", 8), ("nearest_exact", 4), ("nearest_tensor_scores", 2), ("nearest_choose", 4),
+        ("nearest_tensor_rows", 4), ("nearest_tensor_codes", 4), ("lookup_rows", 4), ("lookup_tiles", 4),
         ("lookup_backward_rows", 4), ("lookup_backward_tiles", 4), ("stats_sum", 4), ("diffusion_loss_rows", 8),
         ("scale_rows", 8), ("q_sample_tokens", 1), ("p_sample_rows", 8),
         ("pack_rows", 1), ("pack_cells", 4), ("pack_tail", 4), ("unpack_slots", 1), ("unpack_grid", 8),
@@ -140,3 +142,10 @@ def test_no_kernel_adds_floats_atomically(instructions):
     """Sums in the order of arrival would change from run to run."""
     for kernel, sass in instructions.items():
         assert not re.search(r"\b(ATOM|ATOMG|ATOMS|RED|REDG)\.\S*(F32|F64|F16|BF16)", sass), kernel
+
+
+def test_tensor_scores_are_products_of_matrices_fed_in_the_background(instructions):
+    for stages in (2, 3):
+        kernel = instructions[f"nearest_tensor_scores<{stages}>"]
+        for instruction in ("HMMA.16816.F32.BF16", "LDSM.16.M88.4", r"LDGSTS\.E\.BYPASS\.128"):
+            assert re.search(instruction, kernel), instruction

@@ -8,6 +8,7 @@ from vqfast.kernels.nearest.reference import nearest
 from vqfast.kernels.specs import SPECS as ALL_SPECS
 from vqfast.ops import registry
 from vqfast.ops.backends import cuda
+from vqfast.ops.prepared import METRICS
 
 pytestmark = pytest.mark.gpu
 SPECS = [spec for spec in ALL_SPECS if spec.op in cuda.KERNELS]
@@ -38,6 +39,27 @@ def test_bench_shapes_match_the_reference(spec):
         for dtype in spec.dtypes[:1] + spec.dtypes[2:3]:
             args = spec.inputs(shape, dtype, "cuda", seed=1)
             spec.check(op_of(spec)(*args), args)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("scores", ["float32", "bfloat16"])
+def test_search_by_either_kind_of_scores(scores, metric, monkeypatch):
+    monkeypatch.setenv("VQFAST_CUDA_SCORES", scores)
+    g = torch.Generator("cuda").manual_seed(0)
+    for N, K, D in (
+        (3000, 5000, 8),
+        (700, 2000, 64),
+        (129, 257, 100),
+        (1000, 3000, 256),
+        (300, 700, 512),
+        (40, 600, 700),
+    ):
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            x, codebook = (torch.randn(n, D, generator=g, device="cuda").to(dtype) for n in (N, K))
+            codebook[K // 2 :] = codebook[: K - K // 2]
+            x[3], x[5, 0] = 0, torch.nan
+            got = vqfast.ops.nearest_code(x, codebook, metric=metric)
+            assert torch.equal(got, nearest(x, codebook, None, metric)), (N, K, D, dtype)
 
 
 @pytest.mark.parametrize(("name", "shape"), GRAPH_CASES)

@@ -97,7 +97,7 @@ struct Fiber {
   State state;
   unsigned thread;
   int line;  // of the barrier
-  unsigned barriers;
+  unsigned barriers, barriers_or;
   void *fake_stack;
   void *tsan;
 };
@@ -125,6 +125,7 @@ struct SharedVariable {
 SharedVariable shared[32];
 int shared_count;
 size_t shared_total;
+bool block_any[3];
 // What ThreadSanitizer orders threads by: two of each in turn, as no thread is more than one barrier ahead.
 char *block_tags;
 [[maybe_unused]] char *end_tag;
@@ -190,6 +191,7 @@ void arrange(std::vector<T> &items, unsigned seed) {
 void run_block(unsigned threads, size_t dynamic_bytes) {
   shared_total = 0;
   shared_count = 0;
+  std::fill_n(block_any, 3, false);
   dynamic_shared = static_cast<unsigned char *>(shared_memory("", 0, dynamic_bytes));
   while (fibers.size() < threads) {
     Fiber *fiber = new Fiber();
@@ -205,7 +207,7 @@ void run_block(unsigned threads, size_t dynamic_bytes) {
     Fiber *fiber = fibers[i];
     fiber->state = State::ready;
     fiber->thread = i;
-    fiber->barriers = 0;
+    fiber->barriers = fiber->barriers_or = 0;
     fiber->fake_stack = nullptr;
     // Mapped anew, a stack has no past accesses by another block's thread.
     WHEN_RACES(mmap(fiber->stack, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);)
@@ -278,6 +280,15 @@ void warp_barrier() {
              __tsan_release(tag);)
   exchange(0);
   WHEN_RACES(__tsan_acquire(tag);)
+}
+
+bool barrier_or(const char *file, int line, bool own) {
+  // Three in turn: one is read, the next is set, the one after is made ready.
+  bool &any = block_any[current->barriers_or % 3];
+  block_any[++current->barriers_or % 3] = false;
+  any |= own;
+  barrier(file, line);
+  return any;
 }
 
 unsigned lane() { return current->thread % 32; }

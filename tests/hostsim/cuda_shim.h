@@ -57,6 +57,7 @@ extern Settings settings;
 void *shared_memory(const char *file, int line, size_t bytes);
 unsigned char *dynamic_shared_memory();
 void barrier(const char *file, int line);
+bool barrier_or(const char *file, int line, bool own);
 // Gives the 8 bytes of each lane of the calling thread's warp, once all of them have called.
 const uint64_t *exchange(uint64_t own);
 void warp_barrier();
@@ -82,6 +83,7 @@ T shuffle(unsigned mask, T own, unsigned from) {
 // ---- the language --------------------------------------------------------------------------------------------------
 
 #define __syncthreads() shim::barrier(__FILE__, __LINE__)
+#define __syncthreads_or(own) shim::barrier_or(__FILE__, __LINE__, (own) != 0)
 
 inline void __syncwarp() { shim::warp_barrier(); }
 template <typename T>

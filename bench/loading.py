@@ -2,8 +2,8 @@
 
 A folder of JPEG images that the script draws, read as a training reads them: `vqfast.data`, decoded when asked for, by
 two worker processes. First as fast as they come, against the same decoding in a bare loop of one process; then before
-steps of 50 ms that leave the processor alone, as steps on a GPU do, with as many images a batch as the workers decode in
-nine tenths of that time. A step stalls when its batch is not there: what it waits for is what is lost.
+steps of 50 ms that leave the processor alone, as steps on a GPU do, with as many images a batch as the workers decode
+in nine tenths of that time. A step stalls when its batch is not there: what it waits for is what is lost.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
         waits = _waits(images, batch, options)
         lost = sum(waits) / len(waits) / options.step
         print(
-            f"steps of {1e3 * options.step:.0f} ms with batches of {batch}: {batch / options.step:.1f} images/s wanted, "
+            f"steps of {1e3 * options.step:.0f} ms with batches of {batch}: {batch / options.step:.1f} images/s, "
             f"waits of {1e3 * statistics.median(waits):.1f} ms (median), {1e3 * max(waits):.1f} ms (longest); "
             f"{lost:.1%} of the time lost"
         )

@@ -15,6 +15,8 @@ namespace {
 
 void check(int code) {
   if (code == VQFAST_OUT_OF_MEMORY) throw std::bad_alloc();
+  // IndexError: the caller knows the arguments' names.
+  if (code == VQFAST_OUT_OF_RANGE) throw std::out_of_range("vqfast: a value is out of range");
   if (code != VQFAST_OK) throw std::runtime_error("vqfast: CPU kernel failed with code " + std::to_string(code));
 }
 

@@ -11,8 +11,6 @@
 namespace vqfast {
 namespace {
 
-constexpr int kMostGrains = 32;
-
 // Vectors of elements that are copied, never computed with.
 template <class T>
 struct Vectors {
@@ -51,6 +49,30 @@ bool with_bytes(int64_t bytes, Body body) {
   return false;
 }
 
+// The columns of a grain's codes in a row of cells, on that grain's grid; returns how many there are. A list in place of
+// a branch for each: which cells have a grain is as good as random. cells: scratch, cells_x.
+int64_t list_columns(const int64_t *__restrict map, int64_t cells_x, int grain, int64_t *__restrict cells,
+                     int64_t *__restrict columns) {
+  int64_t n = 0;
+  for (int64_t cx = 0; cx < cells_x; ++cx) {
+    cells[n] = cx;
+    n += map[cx] == grain;
+  }
+  n <<= grain;
+  const int64_t inside = ((int64_t)1 << grain) - 1;
+  for (int64_t i = 0; i < n; ++i) columns[i] = (cells[i >> grain] << grain) + (i & inside);
+  return n;
+}
+
+// to[i] = row[columns[i] * step], and where that is on a row of codes that starts at position `start`.
+template <class T>
+void take(const T *__restrict row, int64_t step, const int64_t *__restrict columns, int64_t n, T *__restrict to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = row[columns[i] * step];
+}
+void number(int64_t start, const int64_t *__restrict columns, int64_t n, int64_t *__restrict to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = start + columns[i];
+}
+
 template <class T>
 struct Sequence {
   GrainGrid grid;
@@ -59,66 +81,89 @@ struct Sequence {
   T *packed;
   int64_t *positions, *grain_ids;
 
-  // The tokens of a row of codes of cells columns[0..n-1], from token `token` on; returns the next.
+  // The codes columns[0..n-1] of row y of a grain's grid, from token `token` on; returns the next.
   int64_t write_row(int64_t first, int grain, int64_t y, const int64_t *columns, int64_t n, int64_t token) const {
     const int shift = grid.shift(grain);
-    // A row of the fine grid lies in one batch of the view. In locals, for what is written may not be what is read.
+    // A row of the fine grid lies in one batch of the view.
     const T *row = values.row(first + (y << shift) * grid.width());
-    const int64_t edge = (int64_t)1 << grain, step = values.stride_row << shift, D = values.D, end = capacity;
-    const int64_t position = y * (grid.cells_x << grain);
-    T *const to = packed;
-    int64_t *const to_position = positions, *const to_grain = grain_ids;
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t x = columns[i] << grain, after = x + edge; x < after; ++x, ++token) {
-        if (token >= end) return token;
-        if (D == 1)
-          to[token] = row[x * step];
-        else
-          values.copy(row + x * step, to + token * D);
-        to_position[token] = position + x;
-        to_grain[token] = grain;
-      }
-    return token;
+    const int64_t step = values.stride_row << shift, D = values.D, kept = std::min(n, capacity - token);
+    number(y * (grid.cells_x << grain), columns, kept, positions + token);
+    if (D == 1)
+      take(row, step, columns, kept, packed + token);
+    else
+      for (int64_t i = 0; i < kept; ++i) values.copy(row + columns[i] * step, packed + (token + i) * D);
+    return token + kept;
   }
 
-  // The tokens of an image, from token `token` on. columns: scratch for a row of cells.
-  void write(int64_t image, const int64_t *map, bool region, int64_t token, int64_t *columns) const {
+  // The tokens of an image, from token `token` on. cells, columns: scratch, for a row of either.
+  void write(int64_t image, const int64_t *map, bool region, int64_t token, int64_t *cells, int64_t *columns) const {
     const int64_t first = image * grid.positions();
-    for (int g = 0; g < grid.grains; ++g)
+    for (int g = 0; g < grid.grains; ++g) {
+      const int64_t begin = token;
       for (int64_t cy = 0; cy < grid.cells_y; ++cy) {
-        // Without a branch: which cells have this grain is as good as random.
-        int64_t n = 0;
-        for (int64_t cx = 0; cx < grid.cells_x; ++cx) {
-          columns[n] = cx;
-          n += grid.clamped(map[cy * grid.cells_x + cx]) == g;
-        }
-        const int64_t together = region ? 1 : n;
+        const int64_t n = list_columns(map + cy * grid.cells_x, grid.cells_x, g, cells, columns);
+        const int64_t together = region ? (int64_t)1 << g : n;
         for (int64_t k = 0; k < n; k += together)
           for (int64_t y = cy << g; y < (cy + 1) << g; ++y)
             token = write_row(first, g, y, columns + k, together, token);
       }
+      std::fill(grain_ids + begin, grain_ids + token, g);
+    }
   }
 };
+
+// Calls body(token, grain, y, x) for each token begin..end-1 that has the grain of its cell, with its row and column on
+// the grid of that grain.
+template <class Body>
+void with_places(const GrainGrid grid, const int64_t *map, int64_t begin, int64_t end, const int64_t *positions,
+                 const int64_t *grain_ids, Body body) {
+  for (int64_t t = begin; t < end;) {
+    // What depends on the grain alone, once for all that follow each other.
+    const int64_t g = grain_ids[t];
+    if (g < 0 || g >= grid.grains) {
+      ++t;
+      continue;
+    }
+    const int64_t columns = grid.cells_x << g, count = grid.cells() << 2 * g;
+    const double row_of = 1 / (double)columns;
+    for (; t < end && grain_ids[t] == g; ++t) {
+      const int64_t position = positions[t];
+      if (position < 0 || position >= count) continue;
+      // A product in place of a division, which takes ten times as long. Half a column away from both edges of its row
+      // a position below 2^51 is safe from rounding.
+      const int64_t y = (int64_t)(((double)position + 0.5) * row_of), x = position - y * columns;
+      if (map[(y >> g) * grid.cells_x + (x >> g)] == g) body(t, (int)g, y, x);
+    }
+  }
+}
 
 // The token whose value each position's code has, or -1, at the top left of what it covers; others are left as they are.
 void fill_slots(const GrainGrid grid, const int64_t *map, int64_t begin, int64_t end, const int64_t *positions,
                 const int64_t *grain_ids, int64_t *slots) {
   std::fill(slots, slots + grid.positions(), -1);
-  // A product in place of a division, which takes ten times as long; what its rounding may do is undone.
-  double row_of[kMostGrains];
-  for (int g = 0; g < grid.grains; ++g) row_of[g] = 1 / (double)(grid.cells_x << g);
-  for (int64_t t = begin; t < end; ++t) {
-    const int64_t position = positions[t], g = grain_ids[t];
-    if (!grid.in_range(position, g)) continue;
-    const int64_t columns = grid.cells_x << g;
-    int64_t y = (int64_t)((double)position * row_of[g]), x = position - y * columns;
-    const int64_t off = (x >= columns) - (x < 0);
-    y += off;
-    x -= off * columns;
-    if (map[(y >> g) * grid.cells_x + (x >> g)] != g) continue;
-    const int shift = grid.shift((int)g);
+  with_places(grid, map, begin, end, positions, grain_ids, [=](int64_t t, int g, int64_t y, int64_t x) {
+    const int shift = grid.shift(g);
     slots[(y << shift) * grid.width() + (x << shift)] = t;
-  }
+  });
+}
+
+// Codes straight onto the grid of their image: writing one twice costs less than to look for the last.
+template <class T>
+void place_codes(const GrainGrid grid, const int64_t *map, int64_t begin, int64_t end, const int64_t *positions,
+                 const int64_t *grain_ids, const T *__restrict values, int64_t stride, bool replicate,
+                 T *__restrict out) {
+  std::fill(out, out + grid.positions(), (T)0);
+  const int64_t width = grid.width();
+  with_places(grid, map, begin, end, positions, grain_ids, [=](int64_t t, int g, int64_t y, int64_t x) {
+    const int shift = grid.shift(g);
+    const T value = values[t * stride];
+    T *row = out + (y << shift) * width + (x << shift);
+    if (!shift || !replicate) {
+      *row = value;
+      return;
+    }
+    for (int64_t dy = 0; dy < (int64_t)1 << shift; ++dy, row += width) std::fill(row, row + ((int64_t)1 << shift), value);
+  });
 }
 
 int64_t token_bound(const int32_t *cu_seqlens, int64_t image, int64_t T) {
@@ -137,14 +182,6 @@ void write_grid(const GrainGrid grid, const int64_t *map, const int64_t *slots, 
       const int64_t top = y >> shift << shift, left = cx * factor;
       const int64_t *row = slots + top * width + left;
       const int64_t square = ((int64_t)1 << shift) - 1;
-      if (D == 1) {
-        for (int64_t x = 0; x < factor; ++x) {
-          const int64_t slot = row[x & ~square];
-          const bool there = slot >= 0 && (replicate || (top == y && !(x & square)));
-          out[x] = there ? values.data[slot * values.stride_row] : (T)0;
-        }
-        continue;
-      }
       for (int64_t x = 0; x < factor; ++x) {
         const int64_t slot = row[x & ~square];
         if (slot >= 0 && (replicate || (top == y && !(x & square))))
@@ -225,8 +262,11 @@ extern "C" int vqfast_cpu_pack(int64_t element_bytes, vqfast_rows values, int64_
   const GrainGrid grid = {B, Hc, Wc, (int)num_grains};
   cu_seqlens[0] = 0;
   for (int64_t b = 0, total = 0; b < B; ++b) {
-    for (int64_t i = 0; i < grid.cells(); ++i)
-      total += (int64_t)1 << 2 * grid.clamped(grains[b * grid.cells() + i]);
+    for (int64_t i = 0; i < grid.cells(); ++i) {
+      const int64_t g = grains[b * grid.cells() + i];
+      if (g < 0 || g >= grid.grains) return VQFAST_OUT_OF_RANGE;
+      total += (int64_t)1 << 2 * g;
+    }
     cu_seqlens[b + 1] = (int32_t)std::min(total, capacity);
   }
   bool enough = true;
@@ -235,11 +275,12 @@ extern "C" int vqfast_cpu_pack(int64_t element_bytes, vqfast_rows values, int64_
     const Sequence<T> sequence = {grid, Vectors<T>(values, D), capacity, (T *)packed, positions, grain_ids};
 #pragma omp parallel reduction(&& : enough) if (B * grid.positions() * D > kParallelElements)
     {
-      Buffer<int64_t> columns = buffer<int64_t>(Wc);
-      enough = columns != nullptr;
+      Buffer<int64_t> cells = buffer<int64_t>(Wc), columns = buffer<int64_t>(grid.width());
+      enough = cells && columns;
 #pragma omp for schedule(dynamic)
       for (int64_t b = 0; b < B; ++b)
-        if (columns) sequence.write(b, grains + b * grid.cells(), region != 0, cu_seqlens[b], columns.get());
+        if (cells && columns)
+          sequence.write(b, grains + b * grid.cells(), region != 0, cu_seqlens[b], cells.get(), columns.get());
     }
     const int64_t used = cu_seqlens[B];
     std::memset((T *)packed + used * D, 0, (capacity - used) * D * sizeof(T));
@@ -258,6 +299,15 @@ extern "C" int vqfast_cpu_unpack(int64_t element_bytes, vqfast_rows packed, int6
   const bool known = with_bytes(element_bytes, [&](auto *type) {
     typedef std::remove_pointer_t<decltype(type)> T;
     const Vectors<T> values(packed, D);
+    if (D == 1) {
+      const int64_t tokens = packed.batch * packed.rows;
+#pragma omp parallel for schedule(dynamic) if (B * grid.positions() > kParallelElements)
+      for (int64_t b = 0; b < B; ++b)
+        place_codes(grid, grains + b * grid.cells(), token_bound(cu_seqlens, b, tokens),
+                    token_bound(cu_seqlens, b + 1, tokens), positions, grain_ids, values.data, packed.stride_row,
+                    replicate != 0, (T *)out + b * grid.positions());
+      return;
+    }
     code = with_slots(grid, packed.batch * packed.rows, D, cu_seqlens, positions, grain_ids, grains,
                       [&](int64_t b, int64_t, int64_t, const int64_t *slots) {
                         write_grid(grid, grains + b * grid.cells(), slots, values, replicate != 0,

@@ -57,8 +57,10 @@ extern "C" int vqfast_cpu_position_mask(const int64_t *positions, const int64_t 
                                         int64_t B, int64_t L, int64_t Hc, int64_t Wc, int64_t num_grains, int64_t V,
                                         uint8_t *mask) {
   const GrainGrid grid = {B, Hc, Wc, (int)num_grains};
+  for (int64_t b = 0; b < B; ++b)
+    if (grain[b] < 0 || grain[b] >= num_grains) return VQFAST_OUT_OF_RANGE;
 #pragma omp parallel for schedule(dynamic) if (B * (L + V) > kParallelElements)
   for (int64_t b = 0; b < B; ++b)
-    mask_image(grid, positions + b * L, grain_ids + b * L, L, grid.clamped(grain[b]), V, mask + b * V);
+    mask_image(grid, positions + b * L, grain_ids + b * L, L, (int)grain[b], V, mask + b * V);
   return VQFAST_OK;
 }

@@ -20,6 +20,7 @@ enum {
   VQFAST_OK = 0,
   VQFAST_BAD_DTYPE = 1,
   VQFAST_OUT_OF_MEMORY = 2,
+  VQFAST_OUT_OF_RANGE = 3, /* a value of the arguments; only the ops that say so look */
   VQFAST_CUDA_ERROR = 1000 /* + cudaError_t */
 };
 
@@ -90,8 +91,8 @@ int vqfast_cpu_p_sample(vqfast_dtype dtype, const void *logits, const void *unco
 
 /* Variable-length codes. values: rows are the B * Hf * Wf positions of the fine grid (vectors of D elements of
  * element_bytes each: 2, 4 or 8), Hf = 2^(num_grains-1) Hc; grains (B, Hc, Wc). packed (capacity, D), cu_seqlens
- * (B + 1), positions and grain_ids (capacity). A grain out of range is brought into it, tokens beyond capacity are
- * dropped. */
+ * (B + 1), positions and grain_ids (capacity). Tokens beyond capacity are dropped. A grain out of range is an error
+ * here; on CUDA it is brought into range. */
 int vqfast_cpu_pack(int64_t element_bytes, vqfast_rows values, int64_t D, const int64_t *grains, int64_t B, int64_t Hc,
                     int64_t Wc, int64_t num_grains, int64_t region, int64_t capacity, void *packed,
                     int32_t *cu_seqlens, int64_t *positions, int64_t *grain_ids);
@@ -107,7 +108,8 @@ int vqfast_cpu_unpack_backward(vqfast_dtype dtype, vqfast_rows grad, int64_t D, 
                                const int64_t *positions, const int64_t *grain_ids, int64_t T, const int64_t *grains,
                                int64_t B, int64_t Hc, int64_t Wc, int64_t num_grains, void *grad_packed);
 
-/* positions, grain_ids (B, L); grain (B); mask (B, V) of 0 and 1, V >= Hc Wc 4^(num_grains-1) + 3. */
+/* positions, grain_ids (B, L); grain (B); mask (B, V) of 0 and 1, V >= Hc Wc 4^(num_grains-1) + 3. A `grain` out of
+ * range is an error here; on CUDA it is brought into range. */
 int vqfast_cpu_position_mask(const int64_t *positions, const int64_t *grain_ids, const int64_t *grain, int64_t B,
                              int64_t L, int64_t Hc, int64_t Wc, int64_t num_grains, int64_t V, uint8_t *mask);
 

@@ -66,6 +66,14 @@ def test_tokens_of_an_image_may_come_in_any_order():
     assert torch.equal(ops.unpack(shuffled, grains, num_grains=3), want)
 
 
+@pytest.mark.parametrize("width", [1, 3, 49, 107, 1023])
+def test_first_and_last_code_of_every_row_are_put_in_their_place(width):
+    """Rows are found by a product with the reciprocal of their length, which rounds."""
+    grid = torch.arange(3 * 700 * width).reshape(3, 700, width)
+    grains = torch.zeros_like(grid)
+    assert torch.equal(ops.unpack(ops.pack(grid, grains), grains, num_grains=1), grid)
+
+
 @pytest.mark.parametrize("capacity", [0, 1, 17, 40])
 def test_a_smaller_capacity_keeps_the_first_tokens(capacity):
     grains = random_map(2, 4, 4, 2)
@@ -152,11 +160,16 @@ class TestErrors:
         with pytest.raises(error, match=words):
             ops.pack(arguments.pop("values"), arguments.pop("grains"), **arguments)
 
-    def test_a_grain_out_of_range_names_image_and_cell(self):
+    @pytest.mark.parametrize("asked", ["0", "1"])
+    @pytest.mark.parametrize("backend", ["cpu", "reference"])
+    def test_a_grain_out_of_range_names_image_and_cell(self, backend, asked, monkeypatch):
+        """Whether the kernel looks at the map as it counts, or the check does before it runs."""
+        monkeypatch.setenv("VQFAST_CHECK", asked)
         for wrong in (2, -1):
             grains = self.grains.repeat(3, 1, 1)
             grains[2, 1, 3] = wrong
-            with pytest.raises(ValueError, match=rf"0\.\.1 .*got {wrong} at image 2, cell \(1, 3\)"):
+            expected = rf"0\.\.1 .*got {wrong} at image 2, cell \(1, 3\)"
+            with vqfast.backend(backend), pytest.raises(ValueError, match=expected):
                 ops.pack(self.grid.repeat(3, 1, 1), grains)
 
     def test_more_codes_than_capacity(self, monkeypatch):
@@ -339,8 +352,9 @@ class TestPositionMask:
         positions, ids = self.drawn((0, 1))
         with pytest.raises(ValueError, match="vocab_size: expected at least 19"):
             ops.position_mask(positions, ids, torch.tensor([0]), cells=(2, 2), vocab_size=18)
-        with pytest.raises(ValueError, match="grain: expected values in 0..1"):
-            ops.position_mask(positions, ids, torch.tensor([2]), cells=(2, 2))
+        for backend in ("cpu", "reference"):
+            with vqfast.backend(backend), pytest.raises(ValueError, match=r"grain: expected values in 0\.\.1.*got 2"):
+                ops.position_mask(positions, ids, torch.tensor([2]), cells=(2, 2))
         with pytest.raises(ValueError, match="grain_ids: expected shape"):
             ops.position_mask(positions, ids[:, :0], torch.tensor([0]), cells=(2, 2))
         with pytest.raises(TypeError, match="positions: expected an int64"):

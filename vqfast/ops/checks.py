@@ -209,10 +209,15 @@ _VALUE_CHECKS = {
 _COSTLY_CHECKS = {"pack": capacity_holds, "unpack": covers_once}
 
 
-def check_values(op: str, args: tuple) -> None:
-    """Raise ValueError where a value (not a shape) of an op's arguments is out of range."""
-    check = _VALUE_CHECKS.get(op)
-    if check is not None and (args[0].device.type == "cpu" or checking()):
+def check_values(op: str, args: tuple, *, in_kernel: bool = False) -> None:
+    """Raise ValueError where a value (not a shape) of an op's arguments is out of range.
+
+    Args:
+        in_kernel: the kernel will look at them itself; with VQFAST_CHECK=1 they are looked at here all the same.
+    """
+    check, costly = _VALUE_CHECKS.get(op), _COSTLY_CHECKS.get(op)
+    asked = (costly is not None or in_kernel or not args[0].is_cpu) and checking()
+    if check is not None and (asked or (args[0].is_cpu and not in_kernel)):
         check(*args)
-    if op in _COSTLY_CHECKS and checking():
-        _COSTLY_CHECKS[op](*args)
+    if costly is not None and asked:
+        costly(*args)

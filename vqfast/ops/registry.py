@@ -5,6 +5,7 @@ A backend is a module of `vqfast.ops.backends` with
     unavailable(device_type) -> None, or why it cannot run on that kind of device,
     KERNELS: op name -> function with the op's arguments,
     unsupported(op, args) -> None, or why it cannot take these arguments.
+A kernel with a true attribute `looks_at_values` raises ValueError itself where a value is out of range.
 """
 
 import os
@@ -92,8 +93,9 @@ def select(op: str, device_type: str, args: tuple) -> Callable[..., Any]:
 
 def _dispatcher(op: str, device_type: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        check_values(op, args)
-        return select(op, device_type, args)(*args)
+        kernel = select(op, device_type, args)
+        check_values(op, args, in_kernel=hasattr(kernel, "looks_at_values"))
+        return kernel(*args)
 
     def run_in_place(*args: Any) -> None:
         run(*args)

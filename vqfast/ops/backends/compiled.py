@@ -5,7 +5,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from vqfast.ops.backends.layout import DTYPE, METRIC, as_heads, as_rows
+from vqfast.ops.backends.layout import DTYPE, METRIC, as_heads, as_rows, as_vectors
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -248,15 +248,15 @@ class CompiledKernels:
     def pack(
         self, values: Tensor, grains: Tensor, region: bool, capacity: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows, grains = as_rows(values if values.ndim == 4 else values[..., None]), grains.contiguous()
+        (rows, D), grains = as_vectors(values, 3), grains.contiguous()
         num_grains = (values.shape[1] // grains.shape[1]).bit_length()
-        packed = values.new_empty((capacity, *values.shape[3:]))
+        packed = values.new_empty(size=(capacity, *values.shape[3:]))
         cu_seqlens = grains.new_empty(grains.shape[0] + 1, dtype=torch.int32)
         positions, grain_ids = grains.new_empty(capacity), grains.new_empty(capacity)
         memory = self.pack_memory(grains, num_grains)
         self.extension.pack(
-            values.element_size(), rows.view, rows.tensor.shape[-1], grains.data_ptr(), *grains.shape, num_grains,
-            region, capacity, packed.data_ptr(), cu_seqlens.data_ptr(), positions.data_ptr(), grain_ids.data_ptr(),
+            values.element_size(), rows.view, D, grains.data_ptr(), *grains.shape, num_grains, region, capacity,
+            packed.data_ptr(), cu_seqlens.data_ptr(), positions.data_ptr(), grain_ids.data_ptr(),
             *map(_address, memory), *self.where(values),
         )  # fmt: skip
         return packed, cu_seqlens, positions, grain_ids
@@ -271,14 +271,14 @@ class CompiledKernels:
         num_grains: int,
         replicate: bool,
     ) -> Tensor:
-        rows, cu_seqlens = as_rows(values if values.ndim == 2 else values[:, None]), cu_seqlens.contiguous()
+        (rows, D), cu_seqlens = as_vectors(values, 1), cu_seqlens.contiguous()
         positions, grain_ids, grains = positions.contiguous(), grain_ids.contiguous(), grains.contiguous()
         B, Hc, Wc = grains.shape
         factor = 1 << (num_grains - 1)
         grid = values.new_empty((B, Hc * factor, Wc * factor, *values.shape[1:]))
         memory = self.unpack_memory(grains, num_grains)
         self.extension.unpack(
-            values.element_size(), rows.view, rows.tensor.shape[-1], cu_seqlens.data_ptr(), positions.data_ptr(),
+            values.element_size(), rows.view, D, cu_seqlens.data_ptr(), positions.data_ptr(),
             grain_ids.data_ptr(), grains.data_ptr(), B, Hc, Wc, num_grains, replicate, grid.data_ptr(),
             *map(_address, memory), *self.where(values),
         )  # fmt: skip
@@ -293,13 +293,13 @@ class CompiledKernels:
         grains: Tensor,
         num_grains: int,
     ) -> Tensor:
-        rows, cu_seqlens = as_rows(grad if grad.ndim == 4 else grad[..., None]), cu_seqlens.contiguous()
+        (rows, D), cu_seqlens = as_vectors(grad, 3), cu_seqlens.contiguous()
         positions, grain_ids, grains = positions.contiguous(), grain_ids.contiguous(), grains.contiguous()
         T = positions.shape[0]
         grad_values = grad.new_empty((T, *grad.shape[3:]))
         memory = self.unpack_memory(grains, num_grains)
         self.extension.unpack_backward(
-            DTYPE[grad.dtype], rows.view, rows.tensor.shape[-1], cu_seqlens.data_ptr(), positions.data_ptr(),
+            DTYPE[grad.dtype], rows.view, D, cu_seqlens.data_ptr(), positions.data_ptr(),
             grain_ids.data_ptr(), T, grains.data_ptr(), *grains.shape, num_grains, grad_values.data_ptr(),
             *map(_address, memory), *self.where(grad),
         )  # fmt: skip

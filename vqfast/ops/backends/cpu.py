@@ -1,11 +1,16 @@
 """SIMD kernels of the compiled extension `vqfast._cpu`."""
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from vqfast.kernels.transition_matmul.library import by_samples
 from vqfast.ops.backends.compiled import CompiledKernels
 from vqfast.ops.backends.layout import DTYPE, METRIC
+from vqfast.ops.checks import check_values
 
 try:
     import vqfast._cpu as _cpu
@@ -40,7 +45,23 @@ def _nearest_prepare(codebook: Tensor, metric: str) -> Tensor:
     return prepared
 
 
+def _looks_at_values(op: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that finds a value out of range by itself; the op's check then says which."""
+
+    @wraps(kernel)
+    def run(*args: Any) -> Any:
+        try:
+            return kernel(*args)
+        except IndexError:
+            check_values(op, args)
+            raise
+
+    run.looks_at_values = True
+    return run
+
+
 KERNELS = CompiledKernels(_cpu).kernels() | {
     "nearest_prepare": _nearest_prepare,
     "transition_matmul": by_samples,
 }
+KERNELS |= {op: _looks_at_values(op, KERNELS[op]) for op in ("pack", "position_mask")}

@@ -42,6 +42,15 @@ def as_rows(x: Tensor) -> Rows:
     return Rows(x, (x.data_ptr(), batch, rows, stride_batch, stride_row, x.stride(-1)))
 
 
+def as_vectors(x: Tensor, leading: int) -> tuple[Rows, int]:
+    """Features (..., D), or codes (...) as vectors of one element, with D; `leading` dimensions come before it."""
+    if x.ndim > leading:
+        return as_rows(x), x.shape[-1]
+    if x.is_contiguous():
+        return Rows(x, (x.data_ptr(), 1, x.numel(), 0, 1, 1)), 1
+    return as_rows(x[..., None]), 1
+
+
 class Heads(NamedTuple):
     """`rows` of the first head; the next ones lie `stride` elements further each."""
 

@@ -2,6 +2,7 @@
 #include "codebook_rows.h"
 #include "diffusion_rows.h"
 #include "dispatch.h"
+#include "entropy_bins.h"
 #include "nearest_decide.h"
 #include "nearest_float32.h"
 #include "nearest_ranges.h"
@@ -15,7 +16,7 @@ const Kernels table = {
     VQFAST_STRING(VQFAST_ISA), kLanes, &float32::engine, nullptr, feature_ranges, largest_score, find_scores,
     widen_row, distance, products, squared_error, lookup_grad, add_rows,
     load_scores, exp_scores, log1p_scores, grad_scores, store_scores, scale_row,
-    guide_scores, count_scores, mass_scores, keep_scores, sum_scores,
+    guide_scores, count_scores, mass_scores, keep_scores, sum_scores, add_bins,
 };
 
 }  // namespace vqfast::VQFAST_ISA

@@ -60,7 +60,13 @@ struct Kernels {
   double (*mass_scores)(const float *scores, const float *weights, int64_t n, float least);
   void (*keep_scores)(float *scores, float *weights, int64_t n, float least);
   double (*sum_scores)(const float *weights, int64_t n, double *sums);
+
+  // entropy_bins.h
+  void (*add_bins)(const double *grey, int64_t n, double lowest, double sigma, double step, double reach, int64_t bins,
+                   double *density);
 };
+
+constexpr int64_t kMostLanes = 16;
 
 constexpr int64_t kBlockCodes = 64;  // codes whose probabilities exp_scores sums up together
 

@@ -372,6 +372,13 @@ class TestGrainEntropy:
             grain = (ops.grain_entropy(arrays["image"], 16) > arrays["threshold"]).long()
             assert torch.equal(grain, arrays["grain"])
 
+    @pytest.mark.parametrize("backend", ["cpu", "reference"])
+    def test_a_nan_is_its_own_patch_s_and_no_other_s(self, backend):
+        images = torch.zeros(1, 3, 8, 16)
+        images[0, 1, 7, 8] = float("nan")
+        with vqfast.backend(backend):
+            assert ops.grain_entropy(images, 8).isnan().tolist() == [[[False, True]]]
+
     def test_flat_is_zero_and_even_is_log_of_the_bins(self):
         flat = ops.grain_entropy(torch.full((1, 1, 8, 8), 1.0), 8)
         levels = torch.linspace(-1, 1, 32).repeat(2).reshape(1, 1, 8, 8)

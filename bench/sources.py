@@ -33,7 +33,7 @@ _FAMILIES = {
     "pack": {"pack", "packing"},
     "unpack": {"pack", "packing"},
     "position_mask": {"position", "packing"},
-    "grain_entropy": {"grain", "packing"},
+    "grain_entropy": {"entropy", "grain", "packing"},
 }
 _PARTICULAR = set().union(*_FAMILIES.values())
 _FOLDER = {"vqfast cpu": "cpu", "vqfast cuda": "cuda"}
@@ -49,8 +49,8 @@ def source_files(contender: str, op: str, root: Path = ROOT) -> list[Path]:
     kernels = KERNELS[op]
     if contender not in _FOLDER:
         what = "triton" if contender.endswith("triton") else "reference"
-        shared = "philox_triton.py" if what == "triton" else "philox.py"
-        return [root / "kernels" / shared] + [root / "kernels" / op / f"{what}.py" for op in kernels]
+        shared = ("fusion_triton.py", "philox_triton.py") if what == "triton" else ("philox.py",)
+        return [root / "kernels" / file for file in shared] + [root / "kernels" / op / f"{what}.py" for op in kernels]
     mine = set().union(*(_FAMILIES[op] for op in kernels))
     files = []
     for folder in ("include", _FOLDER[contender]):

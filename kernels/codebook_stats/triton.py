@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqfast.kernels.fusion_triton import FUSED
+
 _BLOCK_N = 16
 # A codebook of fewer codes than this cuts the rows of each code into slices, to give every processor a part; a slice
 # is worth its launch from about _SLICE_ROWS rows on.
@@ -98,6 +100,7 @@ def codebook_stats(x: Tensor, indices: Tensor, weights: Tensor | None, codebook_
         BLOCK_N=_BLOCK_N,
         BLOCK_D=block_d,
         WEIGHTED=weights is not None,
+        **FUSED,
     )
     if slices == 1:
         return counts[0], sums[0]

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqfast.kernels.fusion_triton import FUSED
 from vqfast.kernels.posterior.triton import log1p, noise_of, step_of
 
 # Codes of one row that stay in registers between the passes (half as many in float64), 8 to a thread: more would spill.
@@ -334,6 +335,7 @@ def diffusion_loss(
         ONE_BLOCK=one_block,
         BLOCK=block,
         num_warps=max(block // 256, 1),
+        **FUSED,
     )
     return loss, grad
 
@@ -366,4 +368,5 @@ def scale_rows_(rows: Tensor, scale: Tensor) -> None:
         WIDE=torch.float64 in (rows.dtype, scale.dtype),
         BLOCK=block,
         num_warps=min(max(block // 512, 1), 8),
+        **FUSED,
     )

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqfast.kernels.fusion_triton import FUSED
 from vqfast.kernels.grain_entropy.reference import EPSILON, GREY
 
 
@@ -52,6 +53,6 @@ def grain_entropy(
         _grain_entropy_kernel[(entropy.numel(),)](
             images, entropy, rows, columns, patch_size, num_bins, *images.stride(),
             lowest, (highest - lowest) / (num_bins - 1), sigma, *GREY, EPSILON, COLOUR=C == 3,
-            BLOCK=max(1024 // bins, 1), BINS=bins,
+            BLOCK=max(1024 // bins, 1), BINS=bins, **FUSED,
         )  # fmt: skip
     return entropy

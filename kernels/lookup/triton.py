@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqfast.kernels.fusion_triton import FUSED
+
 # Elements of a tile: 8 for each of 128 threads. Twice as many spill registers where D is odd.
 _TILE = 1024
 
@@ -82,6 +84,7 @@ def lookup(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor
             *x.stride(),
             BLOCK_N=block_n,
             BLOCK_D=block_d,
+            **FUSED,
         )
     return quantized, error, counts
 
@@ -151,5 +154,6 @@ def lookup_backward(grad_quantized: Tensor, grad_error: Tensor, x: Tensor, codeb
             *x.stride(),
             BLOCK_N=block_n,
             BLOCK_D=block_d,
+            **FUSED,
         )
     return grad_x

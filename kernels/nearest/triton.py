@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqfast.kernels.fusion_triton import FUSED, SEPARATE
+
 _BLOCK_N, _BLOCK_K, _BLOCK_D, _WARPS = 64, 64, 16, 4
 # How many codes, evenly spaced, mu is the mean of. Any mu is right; a better centre would certify few rows more.
 _SAMPLES = 32
@@ -427,6 +429,7 @@ def search(x: Tensor, codebook: Tensor, metric: str = "l2", exact: bool = True) 
         SAMPLES=_SAMPLES,
         BLOCK_K=32,
         BLOCK_D=64,
+        **FUSED,
     )
     _search_kernel[(triton.cdiv(N, _BLOCK_N),)](
         x,
@@ -448,6 +451,7 @@ def search(x: Tensor, codebook: Tensor, metric: str = "l2", exact: bool = True) 
         BLOCK_K=_BLOCK_K,
         BLOCK_D=_BLOCK_D,
         num_warps=_WARPS,
+        **FUSED,
     )
     return index, scale
 
@@ -467,7 +471,7 @@ def nearest(
     if exact:
         _decide_kernel[(batch * rows,)](
             x, codebook, scale, index, rows, codebook.shape[0], D, *x.stride(), METRIC=_METRICS[metric], BLOCK_K=32,
-            BLOCK_D=16, STEPS=4, enable_fp_fusion=False,
+            BLOCK_D=16, STEPS=4, **SEPARATE,
         )  # fmt: skip
     if mask is not None:
         index.masked_fill_(~mask, -1)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqfast.kernels.fusion_triton import FUSED
 from vqfast.kernels.philox_triton import philox, uniform
 from vqfast.kernels.posterior.triton import noise_code, noise_of, noised, shares, step_of
 
@@ -368,5 +369,6 @@ def p_sample(
         ONE_BLOCK=one_block,
         BLOCK=block,
         num_warps=max(block // 256, 1),
+        **FUSED,
     )
     return out

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqfast.kernels.fusion_triton import FUSED
+
 _TAIL_BLOCK = 1024
 
 
@@ -121,14 +123,16 @@ def pack(
     positions, grain_ids = grains.new_empty(capacity), grains.new_empty(capacity)
     if B:
         table, lengths = grains.new_empty((B, num_grains, cells_y)), grains.new_empty(B)
-        _pack_rows_kernel[(B,)](grains, table, lengths, cells_y, cells_x, GRAINS=num_grains, BLOCK_Y=32, BLOCK_X=32)
+        _pack_rows_kernel[(B,)](
+            grains, table, lengths, cells_y, cells_x, GRAINS=num_grains, BLOCK_Y=32, BLOCK_X=32, **FUSED
+        )
         _pack_cells_kernel[(B * cells_y,)](
             values, grains, table, lengths, packed, cu_seqlens, positions, grain_ids,
             B, cells_y, cells_x, capacity, max(values.shape[1], 1), D, *values.stride(),
-            GRAINS=num_grains, REGION=region, BLOCK_X=32, BLOCK_D=blocks(D)[1],
+            GRAINS=num_grains, REGION=region, BLOCK_X=32, BLOCK_D=blocks(D)[1], **FUSED,
         )  # fmt: skip
     if capacity:
         _pack_tail_kernel[(triton.cdiv(capacity * max(D, 1), _TAIL_BLOCK),)](
-            packed, cu_seqlens, positions, grain_ids, B, capacity, D, BLOCK=_TAIL_BLOCK
+            packed, cu_seqlens, positions, grain_ids, B, capacity, D, BLOCK=_TAIL_BLOCK, **FUSED
         )
     return packed, cu_seqlens, positions, grain_ids

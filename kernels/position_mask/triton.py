@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqfast.kernels.fusion_triton import FUSED
+
 
 @triton.jit(do_not_specialize=["L", "cells_y", "cells_x", "V"])
 def _position_mask_kernel(
@@ -59,6 +61,6 @@ def position_mask(
     if B:
         _position_mask_kernel[(B,)](
             positions.contiguous(), grain_ids.contiguous(), grain.contiguous(), mask.view(torch.int8), L, Hc, Wc,
-            vocab_size, GRAINS=num_grains, BLOCK_P=128, BLOCK_L=32,
+            vocab_size, GRAINS=num_grains, BLOCK_P=128, BLOCK_L=32, **FUSED,
         )  # fmt: skip
     return mask

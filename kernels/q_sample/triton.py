@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqfast.kernels.fusion_triton import FUSED
 from vqfast.kernels.philox_triton import philox, uniform
 from vqfast.kernels.posterior.triton import noise_code, noised, shares
 
@@ -44,5 +45,6 @@ def q_sample(x0: Tensor, t: Tensor, levels: Tensor, noise: Tensor | None, codebo
             codebook_size,
             MASKED=levels.shape[1] == 2,
             BLOCK=_BLOCK,
+            **FUSED,
         )
     return out

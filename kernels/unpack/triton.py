@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqfast.kernels.fusion_triton import FUSED
 from vqfast.kernels.pack.triton import blocks
 
 _BLOCK = 128
@@ -114,7 +115,17 @@ def _slots(
     programs = triton.cdiv(max(min(T, per_image), 1), _BLOCK)
     if T and B:
         _slots_kernel[(B, programs)](
-            cu_seqlens, positions, grain_ids, grains, slots, T, cells_y, cells_x, GRAINS=num_grains, BLOCK=_BLOCK
+            cu_seqlens,
+            positions,
+            grain_ids,
+            grains,
+            slots,
+            T,
+            cells_y,
+            cells_x,
+            GRAINS=num_grains,
+            BLOCK=_BLOCK,
+            **FUSED,
         )
     return slots, programs
 
@@ -132,7 +143,7 @@ def unpack(
         block_n, block_d = blocks(D)
         _grid_kernel[(triton.cdiv(slots.shape[0], block_n),)](
             values, slots, grains, grid, slots.shape[0], *grains.shape[1:], D, *values.stride(),
-            GRAINS=num_grains, REPLICATE=replicate, BLOCK_N=block_n, BLOCK_D=block_d,
+            GRAINS=num_grains, REPLICATE=replicate, BLOCK_N=block_n, BLOCK_D=block_d, **FUSED,
         )  # fmt: skip
     return grid
 
@@ -149,6 +160,6 @@ def unpack_backward(
     if out.numel() and slots.numel():
         _sum_kernel[(grains.shape[0], programs)](
             grad, cu_seqlens, positions, grain_ids, grains, slots, out, T, *grains.shape[1:], max(grad.shape[1], 1), D,
-            *grad.stride(), GRAINS=num_grains, BLOCK=_BLOCK, BLOCK_D=min(blocks(D)[1], 8),
+            *grad.stride(), GRAINS=num_grains, BLOCK=_BLOCK, BLOCK_D=min(blocks(D)[1], 8), **FUSED,
         )  # fmt: skip
     return out

@@ -219,6 +219,29 @@ def test_compiles_within_its_budget(case: str, budget: dict) -> None:
         assert not forbidden & present, f"{kernel}: {forbidden & present}"
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if "sm_90-float32" in case])
+def test_every_launch_says_whether_products_and_sums_may_fuse(case: str) -> None:
+    """Triton's default changes with its version; only the exact decision needs every product and sum rounded."""
+    for launch in CASES[case][0]():
+        assert launch.options["enable_fp_fusion"] is (launch.kernel.__name__ != "_decide_kernel")
+
+
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing compiles")
+@pytest.mark.parametrize("default", ["0", "1"])
+@pytest.mark.parametrize("metric", ["l2", "dot", "cosine"])
+def test_only_the_scores_of_a_search_have_fused_products(metric: str, default: str, monkeypatch) -> None:
+    """In PTX, where neither Triton nor the assembler behind it may fuse any more, whatever the default."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", default)
+    spec = next(spec for spec in SPECS if spec.op == "nearest")
+    ptx = {
+        launch.kernel.__name__: compile_launch(launch, 90).asm["ptx"]
+        for launch in launches_of(spec, dict(N=128, K=100, D=64, metric=metric), torch.float32)
+    }
+    decide, search = ptx["_decide_kernel"], ptx["_search_kernel"]
+    assert "fma." not in decide and "mul.rn.f64" in decide and "add.rn.f64" in decide
+    assert "fma.rn.f32" in search
+
+
 def test_the_first_version_in_the_budget_has_every_case() -> None:
     """Others, which few machines have, may lag behind: their missing cases are skipped by name."""
     version, recorded = next(iter(json.loads(BUDGET.read_text()).items()))

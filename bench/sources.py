@@ -7,6 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
+_DYNAMIC = ("nearest", "lookup", "codebook_stats", "pack", "unpack", "dynamic_lookup")
+
 # Folders of kernels/ that a benchmark goes through.
 KERNELS = {
     "nearest": ("nearest",),
@@ -17,8 +19,8 @@ KERNELS = {
     "p_sample": ("p_sample", "q_sample", "posterior"),
     "pack": ("pack",),
     "unpack": ("unpack",),
-    "dynamic_quantize": ("nearest", "lookup", "codebook_stats", "pack", "unpack"),
-    "dynamic_quantize_step": ("nearest", "lookup", "codebook_stats", "pack", "unpack"),
+    "dynamic_quantize": _DYNAMIC,
+    "dynamic_quantize_step": _DYNAMIC,
 }
 
 # First words of file names in csrc that belong to some ops only; every other file counts for all.
@@ -32,6 +34,7 @@ _FAMILIES = {
     "p_sample": {"diffusion", "sampling", "truncate"},
     "pack": {"pack", "packing"},
     "unpack": {"pack", "packing"},
+    "dynamic_lookup": {"dynamic"},
     "position_mask": {"position", "packing"},
     "grain_entropy": {"entropy", "grain", "packing"},
 }

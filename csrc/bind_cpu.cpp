@@ -145,6 +145,29 @@ void unpack_backward(int dtype, const py::tuple &grad, int64_t D, uintptr_t cu_s
                                    pointer<void>(grad_packed)));
 }
 
+void dynamic_lookup(int dtype, const py::tuple &features, int64_t D, uintptr_t codebook, int64_t K, uintptr_t indices,
+                    uintptr_t grains, int64_t B, int64_t Hc, int64_t Wc, int64_t num_grains, uintptr_t quantized,
+                    uintptr_t error, uintptr_t counts) {
+  const vqfast_rows view = rows(features);
+  py::gil_scoped_release release;
+  check(vqfast_cpu_dynamic_lookup((vqfast_dtype)dtype, view, D, pointer<const void>(codebook), K,
+                                  pointer<const int64_t>(indices), pointer<const int64_t>(grains), B, Hc, Wc,
+                                  num_grains, pointer<void>(quantized), pointer<void>(error),
+                                  pointer<int64_t>(counts)));
+}
+
+void dynamic_lookup_backward(int dtype, const py::tuple &grad_quantized, uintptr_t grad_error,
+                             const py::tuple &features, int64_t D, uintptr_t codebook, uintptr_t indices,
+                             uintptr_t grains, int64_t B, int64_t Hc, int64_t Wc, int64_t num_grains,
+                             uintptr_t grad_features) {
+  const vqfast_rows grad_view = rows(grad_quantized), view = rows(features);
+  py::gil_scoped_release release;
+  check(vqfast_cpu_dynamic_lookup_backward((vqfast_dtype)dtype, grad_view, pointer<const void>(grad_error), view, D,
+                                           pointer<const void>(codebook), pointer<const int64_t>(indices),
+                                           pointer<const int64_t>(grains), B, Hc, Wc, num_grains,
+                                           pointer<void>(grad_features)));
+}
+
 void position_mask(uintptr_t positions, uintptr_t grain_ids, uintptr_t grain, int64_t B, int64_t L, int64_t Hc,
                    int64_t Wc, int64_t num_grains, int64_t V, uintptr_t mask) {
   check(vqfast_cpu_position_mask(pointer<const int64_t>(positions), pointer<const int64_t>(grain_ids),
@@ -176,6 +199,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("pack", &pack);
   m.def("unpack", &unpack);
   m.def("unpack_backward", &unpack_backward);
+  m.def("dynamic_lookup", &dynamic_lookup);
+  m.def("dynamic_lookup_backward", &dynamic_lookup_backward);
   m.def("position_mask", &position_mask, py::call_guard<py::gil_scoped_release>());
   m.def("grain_entropy", &grain_entropy, py::call_guard<py::gil_scoped_release>());
 }

@@ -2,6 +2,8 @@
 
 from vqfast.kernels.codebook_stats.spec import SPEC as CODEBOOK_STATS
 from vqfast.kernels.diffusion_loss.spec import SPEC as DIFFUSION_LOSS
+from vqfast.kernels.dynamic_lookup.spec import BACKWARD_SPEC as DYNAMIC_LOOKUP_BACKWARD
+from vqfast.kernels.dynamic_lookup.spec import SPEC as DYNAMIC_LOOKUP
 from vqfast.kernels.grain_entropy.spec import SPEC as GRAIN_ENTROPY
 from vqfast.kernels.lookup.spec import BACKWARD_SPEC as LOOKUP_BACKWARD
 from vqfast.kernels.lookup.spec import SPEC as LOOKUP
@@ -28,6 +30,8 @@ SPECS = (
     PACK,
     UNPACK,
     UNPACK_BACKWARD,
+    DYNAMIC_LOOKUP,
+    DYNAMIC_LOOKUP_BACKWARD,
     POSITION_MASK,
     GRAIN_ENTROPY,
 )

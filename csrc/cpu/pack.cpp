@@ -6,37 +6,11 @@
 #include "convert.h"
 #include "dispatch.h"
 #include "grain_grid.h"
+#include "grain_vectors.h"
 #include "vqfast.h"
 
 namespace vqfast {
 namespace {
-
-// Vectors of elements that are copied, never computed with.
-template <class T>
-struct Vectors {
-  const T *data;
-  int64_t rows, stride_batch, stride_row, stride_feature, D;
-
-  Vectors(const vqfast_rows &view, int64_t D)
-      : data((const T *)view.data),
-        rows(view.batch == 1 ? INT64_MAX : view.rows),
-        stride_batch(view.stride_batch),
-        stride_row(view.stride_row),
-        stride_feature(view.stride_feature),
-        D(D) {}
-
-  const T *row(int64_t n) const {
-    const int64_t b = n < rows ? 0 : n / rows;
-    return data + b * stride_batch + (n - b * rows) * stride_row;
-  }
-  void copy(int64_t n, T *to) const { copy(row(n), to); }
-  void copy(const T *from, T *to) const {
-    if (stride_feature == 1)
-      std::memcpy(to, from, D * sizeof(T));
-    else
-      for (int64_t d = 0; d < D; ++d) to[d] = from[d * stride_feature];
-  }
-};
 
 // Calls body with a null pointer of an unsigned type of that size; false for another size.
 template <class Body>
@@ -213,21 +187,7 @@ void sum_squares(const GrainGrid &grid, int64_t image, int64_t begin, int64_t en
       grad.copy(first, sum);
       continue;
     }
-    // A few features at a time, each in the order of its square's rows.
-    constexpr int64_t kFeatures = 64;
-    for (int64_t d = 0; d < D; d += kFeatures) {
-      const int64_t n = std::min(kFeatures, D - d);
-      decltype(widen(T())) total[kFeatures] = {};
-      for (int64_t dy = 0; dy < edge; ++dy)
-        for (int64_t dx = 0; dx < edge; ++dx) {
-          const T *row = grad.row(first + dy * grid.width() + dx) + d * grad.stride_feature;
-          if (grad.stride_feature == 1)
-            for (int64_t i = 0; i < n; ++i) total[i] += widen(row[i]);
-          else
-            for (int64_t i = 0; i < n; ++i) total[i] += widen(row[i * grad.stride_feature]);
-        }
-      for (int64_t i = 0; i < n; ++i) narrow(total[i], sum[d + i]);
-    }
+    sum_square(grad, first, grid.width(), edge, sum);
   }
 }
 

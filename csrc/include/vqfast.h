@@ -108,6 +108,20 @@ int vqfast_cpu_unpack_backward(vqfast_dtype dtype, vqfast_rows grad, int64_t D, 
                                const int64_t *positions, const int64_t *grain_ids, int64_t T, const int64_t *grains,
                                int64_t B, int64_t Hc, int64_t Wc, int64_t num_grains, void *grad_packed);
 
+/* Codes of a quantiser on the fine grid. features: rows are its positions, D elements of `dtype` each, that of a code at the
+ * top left of what it covers; indices (B, Hf, Wf) in 0..K-1, equal over what a code covers; grains in range. quantized
+ * (B, Hf, Wf, D) of `dtype`, error (B, Hf, Wf) float32 (float64 for F64), zero but at the top left; counts (K). */
+int vqfast_cpu_dynamic_lookup(vqfast_dtype dtype, vqfast_rows features, int64_t D, const void *codebook, int64_t K,
+                              const int64_t *indices, const int64_t *grains, int64_t B, int64_t Hc, int64_t Wc,
+                              int64_t num_grains, void *quantized, void *error, int64_t *counts);
+
+/* grad_features (B, Hf, Wf, D) of `dtype`: at the top left of what a code covers the sum of grad_quantized over it, plus
+ * 2 grad_error (x - code); else zero. grad_error (B, Hf, Wf) as `error`. */
+int vqfast_cpu_dynamic_lookup_backward(vqfast_dtype dtype, vqfast_rows grad_quantized, const void *grad_error,
+                                       vqfast_rows features, int64_t D, const void *codebook, const int64_t *indices,
+                                       const int64_t *grains, int64_t B, int64_t Hc, int64_t Wc, int64_t num_grains,
+                                       void *grad_features);
+
 /* positions, grain_ids (B, L); grain (B); mask (B, V) of 0 and 1, V >= Hc Wc 4^(num_grains-1) + 3. A `grain` out of
  * range is an error here; on CUDA it is brought into range. */
 int vqfast_cpu_position_mask(const int64_t *positions, const int64_t *grain_ids, const int64_t *grain, int64_t B,

@@ -7,6 +7,40 @@ from vqfast import ops
 from vqfast.kernels.pack.reference import on_fine_grid
 
 
+@pytest.mark.parametrize("order", ["row", "region"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_on_the_grid_and_in_packed_space_are_the_same(order, dtype):
+    """With a capacity the features are packed, looked up and unpacked; without, the CPU looks up where they lie."""
+    features, grains, codebook = problem(3, dtype)
+    g = torch.Generator().manual_seed(9)
+    features = (
+        (features + torch.randn(features.shape, generator=g)).permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    )
+    grad = torch.randn(features.shape, generator=g).to(dtype)
+
+    def step(capacity):
+        x, codes = features.detach().requires_grad_(), codebook.detach().requires_grad_()
+        out = ops.dynamic_quantize(x, grains, codes, order=order, capacity=capacity)
+        return out, torch.autograd.grad((out.quantized, out.loss), (x, codes), (grad, torch.tensor(3.0).to(out.loss)))
+
+    (here, here_grads), (there, there_grads) = step(None), step(features[..., 0].numel())
+    assert torch.equal(here.quantized, there.quantized) and torch.equal(here.indices, there.indices)
+    assert torch.equal(here.counts, there.counts) and torch.equal(here.vectors, there.vectors)
+    assert all(torch.equal(a, b) for a, b in zip(here.packed, there.packed, strict=True))
+    torch.testing.assert_close(here.loss, there.loss)
+    for a, b in zip(here_grads, there_grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_tail_counts_for_no_code():
+    features, grains, codebook = problem()
+    out = ops.dynamic_quantize(features, grains, codebook)
+    counted = torch.where(out.packed.grain_ids >= 0, out.packed.values, -1)
+    counts, sums = ops.codebook_stats(out.vectors, counted, len(codebook))
+    assert torch.equal(counts, out.counts.to(counts))
+    torch.testing.assert_close(sums.sum(0), out.vectors.sum(0))
+
+
 def problem(num_grains: int = 2, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
     """features equal over what each code covers, grains, codebook."""
     g = torch.Generator().manual_seed(num_grains)

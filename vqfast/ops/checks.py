@@ -196,6 +196,7 @@ def check_chain_values(
 
 _VALUE_CHECKS = {
     "lookup": lambda x, codebook, indices: _indices(indices, codebook.shape[0]),
+    "dynamic_lookup": lambda features, codebook, indices, grains, G: _codes("indices", indices, codebook.shape[0]),
     "codebook_stats": lambda x, indices, weights, codebook_size: _indices(indices, codebook_size),
     "q_sample": _q_sample,
     "posterior": _posterior,

@@ -6,9 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vqfast.ops.checks import check_float, describe
+from vqfast.ops.checks import check_choice, check_float, describe
 from vqfast.ops.packing import Packed, check_num_grains, grains_of_grid, pack, unpack
-from vqfast.ops.search import quantize
+from vqfast.ops.reduction import ordered_sum
+from vqfast.ops.search import ESTIMATORS, codebook_stats, nearest_code, quantize
+
+_dynamic_lookup = torch.ops.vqfast.dynamic_lookup.default
+_dynamic_lookup_backward = torch.ops.vqfast.dynamic_lookup_backward.default
 
 ACCOUNTS = ("codes", "cells")
 
@@ -21,7 +25,8 @@ class DynamicQuantized(NamedTuple):
     loss: scalar float32 (float64 for float64 input).
     counts: (K,) int64, how often each code was chosen.
     packed: the indices as packed codes, of T tokens.
-    vectors: (T, D) what was quantised, without gradient: with packed.values, what a moving average adds up.
+    vectors: (T, D) what was quantised, without gradient; zero in the tail. With
+        torch.where(packed.grain_ids >= 0, packed.values, -1) it is what a moving average adds up by `codebook_stats`.
     """
 
     quantized: Tensor
@@ -36,6 +41,34 @@ def code_weights(grain_ids: Tensor, num_grains: int = 2) -> Tensor:
     """How many positions of the fine grid each token covers: 4^(G-1-g), 0 in the tail. int64, shape of grain_ids."""
     check_num_grains(num_grains)
     return torch.where(grain_ids >= 0, 4 ** (num_grains - 1 - grain_ids.clamp(0, num_grains - 1)), 0)
+
+
+class _DynamicLookup(torch.autograd.Function):
+    """`_Lookup` of search.py on the fine grid, straight through; `codes` are the same indices packed in `order`."""
+
+    @staticmethod
+    def forward(ctx, features, codebook, indices, grains, num_grains, codes, order, beta, codebook_weight):
+        quantized, error, counts = _dynamic_lookup(features, codebook, indices, grains, num_grains)
+        ctx.save_for_backward(features, codebook, indices, grains, codes)
+        ctx.num_grains, ctx.order, ctx.beta, ctx.codebook_weight = num_grains, order, beta, codebook_weight
+        ctx.mark_non_differentiable(counts)
+        return quantized, error * (beta + codebook_weight), counts
+
+    @staticmethod
+    def backward(ctx, grad_quantized, grad_error, _):
+        features, codebook, indices, grains, codes = ctx.saved_tensors
+        grad_features = grad_codebook = None
+        if ctx.needs_input_grad[0]:
+            grad_features = _dynamic_lookup_backward(
+                grad_quantized, grad_error * ctx.beta, features, codebook, indices, grains, ctx.num_grains
+            )
+        if ctx.needs_input_grad[1]:
+            used, K = codes.shape[0], codebook.shape[0]
+            weights = pack(grad_error * (2 * ctx.codebook_weight), grains, order=ctx.order, capacity=used).values
+            vectors = pack(features, grains, order=ctx.order, capacity=used).values
+            counts, sums = codebook_stats(vectors, codes, K, weights=weights)
+            grad_codebook = (counts[:, None] * codebook - sums).to(codebook.dtype)
+        return grad_features, grad_codebook, *(None,) * 7
 
 
 def _check_account(name: str, value: str) -> None:
@@ -86,34 +119,40 @@ def dynamic_quantize(
         raise ValueError(f"features: expected shape (B, Hf, Wf, D), got {describe(features)}")
     _check_account("normalise", normalise)
     _check_account("counting", counting)
-    packed = pack(features, grains, order=order, capacity=capacity)
+    check_choice("estimator", estimator, ESTIMATORS)
     num_grains = grains_of_grid(features.shape, grains, "features")
+    on_cpu = features.device.type == "cpu" and not torch.compiler.is_compiling()
+    # Where nothing is dropped and gradients go straight through, only the search needs packed vectors.
+    on_grid = on_cpu and capacity is None and estimator == "ste"
+    packed = pack(features.detach() if on_grid else features, grains, order=order, capacity=capacity)
     vectors, cu_seqlens, positions, grain_ids = packed
     T = vectors.shape[0]
-    if vectors.device.type == "cpu" and not torch.compiler.is_compiling():
-        # The number of codes is at hand: the tail is not searched.
-        used = int(cu_seqlens[-1])
-        result = quantize(vectors[:used], codebook, beta=beta, codebook_weight=codebook_weight, estimator=estimator)
-        indices = torch.nn.functional.pad(result.indices, (0, T - used))
+    # On the CPU the number of codes is at hand: the tail is not searched.
+    used = int(cu_seqlens[-1]) if on_cpu else T
+    if on_grid:
+        chosen = nearest_code(vectors[:used], codebook.detach())
     else:
-        mask = grain_ids >= 0
-        result = quantize(vectors, codebook, beta=beta, codebook_weight=codebook_weight, estimator=estimator, mask=mask)
-        used, indices = T, result.indices.clamp(min=0)
-    loss, counts = result.loss, result.counts
+        mask = None if on_cpu else grain_ids >= 0
+        result = quantize(
+            vectors[:used], codebook, beta=beta, codebook_weight=codebook_weight, estimator=estimator, mask=mask
+        )
+        chosen = result.indices.clamp(min=0)
+    codes = packed._replace(values=torch.nn.functional.pad(chosen, (0, T - used)))
+    indices = unpack(codes, grains, num_grains=num_grains)
+    if on_grid:
+        quantized, error, counts = _DynamicLookup.apply(
+            features, codebook, indices, grains, num_grains, chosen, order, float(beta), float(codebook_weight)
+        )
+        loss = ordered_sum(error) / max(chosen.numel() * features.shape[-1], 1)
+    else:
+        tokens = Packed(result.quantized, cu_seqlens, positions[:used], grain_ids[:used])
+        quantized, loss, counts = unpack(tokens, grains, num_grains=num_grains), result.loss, result.counts
     if normalise == "cells":
-        loss = loss * (cu_seqlens[-1] / max(indices.new_empty(features.shape[:3]).numel(), 1))
+        loss = loss * (cu_seqlens[-1] / max(indices.numel(), 1))
     if counting == "cells":
-        counts = torch.zeros_like(counts).scatter_add_(0, indices, code_weights(grain_ids, num_grains))
-    tokens = Packed(result.quantized, cu_seqlens, positions[:used], grain_ids[:used])
-    codes = Packed(indices, cu_seqlens, positions, grain_ids)
-    return DynamicQuantized(
-        unpack(tokens, grains, num_grains=num_grains),
-        unpack(codes, grains, num_grains=num_grains),
-        loss,
-        counts,
-        codes,
-        vectors.detach(),
-    )
+        weights = code_weights(grain_ids, num_grains)
+        counts = torch.zeros_like(counts).scatter_add_(0, codes.values, weights)
+    return DynamicQuantized(quantized, indices, loss, counts, codes, vectors.detach())
 
 
 def grain_budget_loss(gates: Tensor, targets: Sequence[float], weights: Sequence[float]) -> Tensor:

@@ -161,6 +161,28 @@ def _unpack_backward(
     return grad.new_empty((positions.shape[0], *grad.shape[3:]))
 
 
+def _dynamic_lookup(
+    features: Tensor, codebook: Tensor, indices: Tensor, grains: Tensor, num_grains: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        features.new_empty(features.shape),
+        features.new_empty(features.shape[:3], dtype=_accumulator(features)),
+        features.new_empty(codebook.shape[:1], dtype=torch.int64),
+    )
+
+
+def _dynamic_lookup_backward(
+    grad_quantized: Tensor,
+    grad_error: Tensor,
+    features: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    grains: Tensor,
+    num_grains: int,
+) -> Tensor:
+    return features.new_empty(features.shape)
+
+
 def _position_mask(
     positions: Tensor, grain_ids: Tensor, grain: Tensor, Hc: int, Wc: int, num_grains: int, vocab_size: int
 ) -> Tensor:
@@ -223,6 +245,11 @@ _define(
     "unpack_backward(Tensor grad, Tensor cu_seqlens, Tensor positions, Tensor grain_ids, Tensor grains, "
     "int num_grains) -> Tensor",
     _unpack_backward,
+)
+_GRID = "Tensor features, Tensor codebook, Tensor indices, Tensor grains, int num_grains"
+_define(f"dynamic_lookup({_GRID}) -> (Tensor, Tensor, Tensor)", _dynamic_lookup)
+_define(
+    f"dynamic_lookup_backward(Tensor grad_quantized, Tensor grad_error, {_GRID}) -> Tensor", _dynamic_lookup_backward
 )
 _define(
     "position_mask(Tensor positions, Tensor grain_ids, Tensor grain, SymInt Hc, SymInt Wc, int num_grains, "

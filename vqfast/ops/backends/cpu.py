@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vqfast.kernels.transition_matmul.library import by_samples
 from vqfast.ops.backends.compiled import CompiledKernels
-from vqfast.ops.backends.layout import DTYPE, METRIC
+from vqfast.ops.backends.layout import DTYPE, METRIC, as_rows
 from vqfast.ops.checks import check_values
 
 try:
@@ -45,6 +45,46 @@ def _nearest_prepare(codebook: Tensor, metric: str) -> Tensor:
     return prepared
 
 
+def _dynamic_lookup(
+    features: Tensor, codebook: Tensor, indices: Tensor, grains: Tensor, num_grains: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, codebook, indices, grains = (
+        as_rows(features),
+        codebook.contiguous(),
+        indices.contiguous(),
+        grains.contiguous(),
+    )
+    K, D = codebook.shape
+    quantized = features.new_empty(features.shape)
+    error = features.new_empty(features.shape[:3], dtype=torch.promote_types(features.dtype, torch.float32))
+    counts = features.new_empty(K, dtype=torch.int64)
+    _cpu.dynamic_lookup(
+        DTYPE[features.dtype], rows.view, D, codebook.data_ptr(), K, indices.data_ptr(), grains.data_ptr(),
+        *grains.shape, num_grains, quantized.data_ptr(), error.data_ptr(), counts.data_ptr(),
+    )  # fmt: skip
+    return quantized, error, counts
+
+
+def _dynamic_lookup_backward(
+    grad_quantized: Tensor,
+    grad_error: Tensor,
+    features: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    grains: Tensor,
+    num_grains: int,
+) -> Tensor:
+    grad_rows, rows, grad_error = as_rows(grad_quantized), as_rows(features), grad_error.contiguous()
+    codebook, indices, grains = codebook.contiguous(), indices.contiguous(), grains.contiguous()
+    grad_features = features.new_empty(features.shape)
+    _cpu.dynamic_lookup_backward(
+        DTYPE[features.dtype], grad_rows.view, grad_error.data_ptr(), rows.view, codebook.shape[1],
+        codebook.data_ptr(), indices.data_ptr(), grains.data_ptr(), *grains.shape, num_grains,
+        grad_features.data_ptr(),
+    )  # fmt: skip
+    return grad_features
+
+
 def _looks_at_values(op: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     """A kernel that finds a value out of range by itself; the op's check then says which."""
 
@@ -63,5 +103,7 @@ def _looks_at_values(op: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
 KERNELS = CompiledKernels(_cpu).kernels() | {
     "nearest_prepare": _nearest_prepare,
     "transition_matmul": by_samples,
+    "dynamic_lookup": _dynamic_lookup,
+    "dynamic_lookup_backward": _dynamic_lookup_backward,
 }
 KERNELS |= {op: _looks_at_values(op, KERNELS[op]) for op in ("pack", "position_mask")}

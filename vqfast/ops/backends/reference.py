@@ -5,6 +5,7 @@ from torch import Tensor
 
 from vqfast.kernels.codebook_stats.reference import codebook_stats
 from vqfast.kernels.diffusion_loss.reference import diffusion_loss, diffusion_loss_grad
+from vqfast.kernels.dynamic_lookup.reference import dynamic_lookup, dynamic_lookup_backward
 from vqfast.kernels.grain_entropy.reference import grain_entropy
 from vqfast.kernels.lookup.reference import lookup, lookup_backward
 from vqfast.kernels.nearest.reference import nearest
@@ -107,6 +108,8 @@ KERNELS = {
     "pack": pack,
     "unpack": unpack,
     "unpack_backward": unpack_backward,
+    "dynamic_lookup": dynamic_lookup,
+    "dynamic_lookup_backward": dynamic_lookup_backward,
     "position_mask": position_mask,
     "grain_entropy": grain_entropy,
 }

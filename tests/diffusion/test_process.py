@@ -161,6 +161,29 @@ def test_the_auxiliary_term_is_the_weighted_cross_entropy():
     torch.testing.assert_close(difference, 0.25 * T * cross_entropy, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("weighting", ["elbo", "reweighted"])
+def test_the_adaptive_auxiliary_term_counts_twice_at_the_first_level_and_once_at_the_last(weighting):
+    x0 = torch.randint(K, (2 * T, 3), generator=seeded())
+    x_t = torch.randint(K, x0.shape, generator=seeded(4))
+    t = torch.arange(1, T + 1).repeat(2)
+    p_t = torch.full((2 * T,), 1 / T, dtype=torch.float64)
+
+    def loss_and_gradient(**options):
+        logits = torch.randn(2 * T, 3, K, generator=seeded(1), dtype=torch.float64).requires_grad_()
+        objective, nats = process(weighting=weighting, **options).objective(logits, x0, x_t, t, p_t)
+        return logits, objective, torch.autograd.grad(objective.loss, logits)[0]
+
+    logits, plain, plain_grad = loss_and_gradient()
+    _, objective, grad = loss_and_gradient(aux_weight=0.25, aux_schedule="adaptive")
+    cross_entropy = -logits.log_softmax(-1).gather(-1, x0[..., None])[..., 0] / math.log(2)
+    factor = torch.linspace(2, 1 + 1 / T, T, dtype=torch.float64).repeat(2)
+    share = 1.0 if weighting == "elbo" else (1 - t.double() / T) / T
+    extra = 0.25 * T * (share * factor * cross_entropy.mean(1)).mean()
+    torch.testing.assert_close(objective.loss - plain.loss, extra)
+    torch.testing.assert_close(grad - plain_grad, torch.autograd.grad(extra, logits)[0])
+    torch.testing.assert_close(objective.bits_per_dim, plain.bits_per_dim)
+
+
 def test_the_gradient_is_that_of_the_bound():
     chain = process().transition
     x0 = torch.randint(K, (6, 2), generator=seeded())
@@ -209,6 +232,7 @@ def test_the_prior_term_is_a_divergence(alpha):
     [
         (dict(parameterisation="v"), "parameterisation: expected one of x0, residual, got 'v'"),
         (dict(time_sampling="log"), "time_sampling: expected one of uniform, importance, got 'log'"),
+        (dict(aux_schedule="linear"), "aux_schedule: expected one of constant, adaptive, got 'linear'"),
         (dict(aux_weight=-1), "aux_weight: expected at least 0"),
     ],
 )

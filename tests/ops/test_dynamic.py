@@ -13,9 +13,8 @@ def test_on_the_grid_and_in_packed_space_are_the_same(order, dtype):
     """With a capacity the features are packed, looked up and unpacked; without, the CPU looks up where they lie."""
     features, grains, codebook = problem(3, dtype)
     g = torch.Generator().manual_seed(9)
-    features = (
-        (features + torch.randn(features.shape, generator=g)).permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-    )
+    noise = torch.randn(features.movedim(-1, 1).shape, generator=g).to(dtype)
+    features = (features.movedim(-1, 1).contiguous() + noise).movedim(1, -1)
     grad = torch.randn(features.shape, generator=g).to(dtype)
 
     def step(capacity):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqfast.diffusion.sampler import Denoiser, sample_steps
@@ -17,6 +18,7 @@ from vqfast.ops.diffusion import RULES
 PARAMETERISATIONS = ("x0", "residual")
 TIME_SAMPLING = ("uniform", "importance")
 WEIGHTINGS = ("elbo", "reweighted")
+AUX_SCHEDULES = ("constant", "adaptive")
 
 # Importance sampling of t as in the code released with Multinomial Diffusion (Hoogeboom et al. 2021).
 _HISTORY_DECAY = 0.9
@@ -58,6 +60,9 @@ class DiscreteDiffusion(nn.Module):
             one-hot of x_t, so that the denoiser predicts the noise (VQ-DDM, arXiv 2112.01799); a masked x_t adds
             nothing.
         aux_weight: weight of the cross-entropy of x_0 beside the bound (D3PM, Austin et al. 2021, eq. 5).
+        aux_schedule: "constant"; or "adaptive": times 2 - (t - 1) / T, twice at the first level, hardly more than
+            once at the last (the code released with VQ-Diffusion, Gu et al. 2022, whose levels start at 0). That takes
+            a pass over the logits more.
         time_sampling: how t is drawn. "uniform"; or "importance": p(t) proportional to the root of a running
             mean of the squared loss at t, uniform until every t was visited more than 10 times.
         weighting: "elbo" trains on the bound; "reweighted" on the mean over t of (1 - t / T) times
@@ -79,6 +84,7 @@ class DiscreteDiffusion(nn.Module):
         rule: str = "joint",
         parameterisation: str = "x0",
         aux_weight: float = 0.0,
+        aux_schedule: str = "constant",
         time_sampling: str = "uniform",
         weighting: str = "elbo",
     ):
@@ -91,6 +97,8 @@ class DiscreteDiffusion(nn.Module):
             raise ValueError(f"time_sampling: expected one of {', '.join(TIME_SAMPLING)}, got {time_sampling!r}")
         if weighting not in WEIGHTINGS:
             raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+        if aux_schedule not in AUX_SCHEDULES:
+            raise ValueError(f"aux_schedule: expected one of {', '.join(AUX_SCHEDULES)}, got {aux_schedule!r}")
         if rule not in RULES:
             raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
         if not aux_weight >= 0:
@@ -107,6 +115,7 @@ class DiscreteDiffusion(nn.Module):
         self.register_buffer("prior_kl", prior, persistent=False)
         self.parameterisation = parameterisation
         self.aux_weight = float(aux_weight)
+        self.aux_schedule = aux_schedule
         self.time_sampling = time_sampling
         self.weighting = weighting
         self.register_buffer("loss_history", torch.zeros(transition.T))
@@ -192,15 +201,21 @@ class DiscreteDiffusion(nn.Module):
         prior = self._prior_nats(x0).sum() * bits_per_nat
         common = dict(transition=self.transition, rule=self.rule, reduction="none")
 
+        aux_weight = self.aux_weight if self.aux_schedule == "constant" else 0.0
         # With every factor in the weights, the gradient that reaches the op is 1 and costs it no second pass.
         if self.weighting == "elbo":
             weights = bits_per_nat / p_t
-            tokens = diffusion_loss(logits, x0, x_t, t, weights=weights, aux_weight=self.aux_weight, **common)
+            tokens = diffusion_loss(logits, x0, x_t, t, weights=weights, aux_weight=aux_weight, **common)
             loss = tokens.sum() + prior.to(tokens.dtype)
         else:
             weights = bits_per_nat * (1 - t.double() / T) / (T * p_t)
-            loss = diffusion_loss(logits, x0, x_t, t, s=0, weights=weights, aux_weight=self.aux_weight, **common).sum()
-        if self.aux_weight or self.weighting != "elbo":
+            loss = diffusion_loss(logits, x0, x_t, t, s=0, weights=weights, aux_weight=aux_weight, **common).sum()
+        if self.aux_weight and self.aux_schedule == "adaptive":
+            scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            cross_entropy = F.cross_entropy(scores.transpose(1, 2), x0, reduction="none")
+            adaptive = weights * self.aux_weight * (2 - (t.double() - 1) / T)
+            loss = loss + (adaptive.to(scores.dtype)[:, None] * cross_entropy).sum()
+        if aux_weight or self.weighting != "elbo":
             with torch.no_grad():
                 weights = bits_per_nat / p_t
                 tokens = diffusion_loss(logits, x0, x_t, t, weights=weights, **common)

@@ -1,11 +1,13 @@
-"""Benchmarks of uniform noise, joint rule: forward noise, loss with its gradient, reverse step.
+"""Benchmarks of the joint rule: forward noise, loss with its gradient, reverse step; `family` in a shape names the
+noise, uniform if there is none.
 
 The eager peers are multinomial diffusion as it is usually written (Hoogeboom et al. 2021, eqs. 12-15): every
-distribution a dense (B, K, L) tensor of logarithms, mixed with logaddexp, drawn from by adding Gumbel noise.
+distribution a dense (B, K, L) tensor of logarithms, mixed with logaddexp, drawn from by adding Gumbel noise. Where
+there is a mask state it is one class more, as in the code released with VQ-Diffusion.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +20,22 @@ from vqfast.kernels.diffusion_loss import reference
 from vqfast.kernels.diffusion_loss.spec import noised
 from vqfast.kernels.spec import generator
 from vqfast.kernels.specs import DIFFUSION_LOSS, P_SAMPLE, Q_SAMPLE
-from vqfast.ops import Uniform, diffusion_loss, p_sample, q_sample
+from vqfast.ops import Absorbing, Marginal, MaskAndReplace, Transition, Uniform, diffusion_loss, p_sample, q_sample
 
 # The definition holds a dozen float64 tensors of B x L x K: on a CPU it competes where those are small.
 _REFERENCE_ELEMENTS = 1e6
 
 # A draw is judged by sums over all tokens, in standard deviations from what the exact distribution expects.
 _SIGMAS = 6.0
+
+
+def transition_of(family: str, K: int, levels: Tensor, noise: Tensor | None) -> Transition:
+    """The family with the tables that the specs give it."""
+    if family == "absorbing":
+        return Absorbing(K, levels[:, 0])
+    if family == "mask_and_replace":
+        return MaskAndReplace(K, levels[:, 0], levels[:, 1])
+    return Uniform(K, levels[:, 0]) if noise is None else Marginal(noise, levels[:, 0])
 
 
 class DiffusionProblem:
@@ -34,16 +45,33 @@ class DiffusionProblem:
 
     def __init__(self, shape: Mapping[str, Any], dtype: torch.dtype, device: str, seed: int):
         self.K, self.shape = shape["K"], shape
-        self.x0, self.x_t, self.t, self.s, self.levels, _ = noised(shape, device, seed)
-        self.alpha_bar = self.levels[:, 0]
+        self.x0, self.x_t, self.t, self.s, levels, noise = noised(shape, device, seed)
+        self.transition = transition_of(shape.get("family", "uniform"), self.K, levels, noise)
+        self.levels, self.noise = self.transition.tables_on(self.x0.device)
         logits = torch.randn(*self.x0.shape, self.K, generator=generator(device, seed + 1), device=device) * 2
         self.logits = logits.to(dtype)
         self.channels = self.logits.transpose(1, 2).contiguous()
-        self.transition = Uniform(self.K, self.alpha_bar)
-        self.transition.tables_on(self.x0.device)
 
 
 # ---- the eager form --------------------------------------------------------------------------------------------------
+
+
+class Levels(NamedTuple):
+    """Logarithms of the shares of a stretch of the chain, float32: kept (B, 1, 1); what each code gets of the noise,
+    (B, 1, 1) or (B, K, 1); masked (B, 1, 1), None where there is no mask state.
+    """
+
+    kept: Tensor
+    noise: Tensor
+    masked: Tensor | None = None
+
+
+def log_levels(alpha: Tensor, K: int, gamma: Tensor | None = None, noise: Tensor | None = None) -> Levels:
+    """(B,) shares that are kept and masked, float64, and (K,) distribution of replaced codes."""
+    replaced = (1 - alpha if gamma is None else 1 - alpha - gamma)[:, None, None]
+    share = replaced / K if noise is None else replaced * noise[:, None]
+    masked = None if gamma is None else gamma.clamp(min=1e-40).log().float()[:, None, None]
+    return Levels(alpha.clamp(min=1e-40).log().float()[:, None, None], share.clamp(min=1e-40).log().float(), masked)
 
 
 def log_onehot(x: Tensor, K: int) -> Tensor:
@@ -51,32 +79,41 @@ def log_onehot(x: Tensor, K: int) -> Tensor:
     return F.one_hot(x, K).transpose(1, 2).float().clamp(min=1e-30).log()
 
 
-def log_levels(alpha: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """(B,) share that is kept, float64, to log(alpha) and log((1 - alpha) / K), (B, 1, 1) float32."""
-    kept = alpha.clamp(min=1e-40).log()
-    noise = ((1 - alpha).clamp(min=1e-40) / K).log()
-    return kept.float()[:, None, None], noise.float()[:, None, None]
+def log_mix(log_p: Tensor, levels: Levels) -> Tensor:
+    """Log-probabilities of codes, (B, K, L), carried through the chain: (B, K, L), or (B, K + 1, L) with a mask."""
+    codes = torch.logaddexp(log_p + levels.kept, levels.noise)
+    if levels.masked is None:
+        return codes
+    return torch.cat([codes, levels.masked.expand(-1, 1, codes.shape[2])], 1)
 
 
-def log_mix(log_p: Tensor, levels: tuple[Tensor, Tensor]) -> Tensor:
-    """log(alpha p + (1 - alpha) / K)."""
-    return torch.logaddexp(log_p + levels[0], levels[1])
+def log_arrival(x_t: Tensor, K: int, levels: Levels) -> Tensor:
+    """log q(x_t | x_s) for every x_s, the states in the middle: the other way through the same chain."""
+    if levels.masked is None and levels.noise.shape[1] == 1:
+        return log_mix(log_onehot(x_t, K), levels)
+    L = x_t.shape[1]
+    if levels.masked is None:
+        drawn = levels.noise.expand(-1, -1, L).gather(1, x_t[:, None])
+        return torch.logaddexp(log_onehot(x_t, K) + levels.kept, drawn)
+    gone = (x_t == K)[:, None]
+    codes = torch.logaddexp(log_onehot(x_t, K + 1)[:, :K] + levels.kept, torch.where(gone, levels.masked, levels.noise))
+    return torch.cat([codes, torch.where(gone, 0.0, -69.0)], 1)
 
 
-def eager_posterior(log_x0: Tensor, log_x_t: Tensor, step, past) -> Tensor:
+def eager_posterior(log_x0: Tensor, x_t: Tensor, step: Levels, past: Levels) -> Tensor:
     """log q(x_s | x_t, x0), `step` the levels of t given s and `past` those of s (eq. 14)."""
-    joint = log_mix(log_x0, past) + log_mix(log_x_t, step)
+    joint = log_mix(log_x0, past) + log_arrival(x_t, log_x0.shape[1], step)
     return joint - joint.logsumexp(1, keepdim=True)
 
 
-def eager_loss(logits: Tensor, x0: Tensor, x_t: Tensor, step, past, last: Tensor) -> Tensor:
+def eager_loss(logits: Tensor, x0: Tensor, x_t: Tensor, step: Levels, past: Levels, last: Tensor) -> Tensor:
     """Mean over tokens of the KL, or of -log p(x0 | x_t) where `last` (B,) says that s is 0 (eqs. 13-15)."""
     K = logits.shape[1]
-    log_x0, log_x_t = log_onehot(x0, K), log_onehot(x_t, K)
-    log_true = eager_posterior(log_x0, log_x_t, step, past)
-    log_model = eager_posterior(logits.float().log_softmax(1), log_x_t, step, past)
+    log_x0 = log_onehot(x0, K)
+    log_true = eager_posterior(log_x0, x_t, step, past)
+    log_model = eager_posterior(logits.float().log_softmax(1), x_t, step, past)
     kl = (log_true.exp() * (log_true - log_model)).sum(1)
-    likelihood = -(log_x0.exp() * log_model).sum(1)
+    likelihood = -(log_x0.exp() * log_model[:, :K]).sum(1)
     return torch.where(last[:, None], likelihood, kl).mean()
 
 
@@ -86,7 +123,7 @@ def gumbel_argmax(log_p: Tensor) -> Tensor:
 
 
 def eager_p_sample(logits: Tensor, x_t: Tensor, step, past) -> Tensor:
-    log_model = eager_posterior(logits.float().log_softmax(1), log_onehot(x_t, logits.shape[1]), step, past)
+    log_model = eager_posterior(logits.float().log_softmax(1), x_t, step, past)
     return gumbel_argmax(log_model)
 
 
@@ -118,8 +155,12 @@ def _vqfast_loss(p: DiffusionProblem):
 
 
 def _step_levels(p: DiffusionProblem):
-    alpha_s = p.alpha_bar[p.s]
-    return log_levels(p.alpha_bar[p.t] / alpha_s, p.K), log_levels(alpha_s, p.K)
+    alpha_t, alpha_s = p.levels[p.t, 0], p.levels[p.s, 0]
+    if p.levels.shape[1] == 1:
+        return log_levels(alpha_t / alpha_s, p.K, None, p.noise), log_levels(alpha_s, p.K, None, p.noise)
+    gamma_t, gamma_s = p.levels[p.t, 1], p.levels[p.s, 1]
+    step = log_levels(alpha_t / alpha_s, p.K, (gamma_t - gamma_s) / (1 - gamma_s))
+    return step, log_levels(alpha_s, p.K, gamma_s)
 
 
 def _eager_loss(p: DiffusionProblem, loss) -> Run:
@@ -141,7 +182,7 @@ def _cross_entropy(p: DiffusionProblem) -> Run:
 def _exact_loss(p: DiffusionProblem) -> tuple[Tensor, Tensor]:
     """Mean loss and its gradient in float64."""
     B, L = p.x0.shape
-    args = (p.logits.double(), p.x0, p.x_t, p.t, p.s, p.levels, None, False, 0.0)
+    args = (p.logits.double(), p.x0, p.x_t, p.t, p.s, p.levels, p.noise, False, 0.0)
     return reference.diffusion_loss(*args).mean(), reference.diffusion_loss_grad(*args) / (B * L)
 
 
@@ -227,7 +268,7 @@ def _eager_p_sample(p: DiffusionProblem, sample) -> Run:
 
 
 def _judge_p_sample(contender: Contender, run: Run, p: DiffusionProblem) -> Verdict:
-    log_p = reference.posterior(p.logits.double(), p.x_t, p.t, p.s, p.levels, None, False)
+    log_p = reference.posterior(p.logits.double(), p.x_t, p.t, p.s, p.levels, p.noise, False)
     verdict = judge_draws(log_p, run.call(), p.x_t)
     # A draw within rounding of the boundary between two codes may fall on either side.
     allowed = 1 + p.x0.numel() // 1000

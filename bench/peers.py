@@ -38,14 +38,28 @@ def _packing_shapes(grid: Mapping[str, Any], dynamic: Mapping[str, Any]) -> dict
     return dict(pack=codes, unpack=codes, dynamic_quantize=features, dynamic_quantize_step=features)
 
 
+# Every noise of closed form. Fewer tokens than of uniform noise, as the dense peers need seconds.
+_NOISED = ("absorbing", "mask_and_replace", "marginal")
+
+
+def _noised_shapes(shape: Mapping[str, Any]) -> list:
+    return [(dict(shape, family=family), F32) for family in _NOISED]
+
+
 # Seconds on two cores: the specs' own sizes.
 CPU_SHAPES = {
     "nearest": [(shape, F32) for shape in NEAREST.bench_shapes],
     "quantize_step": [(dict(N=8192, K=1024, D=256), F32), (dict(N=8192, K=8192, D=64), F32)],
     "codebook_stats": [(shape, F32) for shape in CODEBOOK_STATS.bench_shapes],
     "q_sample": [(shape, torch.int64) for shape in Q_SAMPLE.bench_shapes],
-    "diffusion_loss": [(shape, F32) for shape in DIFFUSION_LOSS.bench_shapes],
-    "p_sample": [(shape, F32) for shape in P_SAMPLE.bench_shapes],
+    "diffusion_loss": [
+        *((shape, F32) for shape in DIFFUSION_LOSS.bench_shapes),
+        *_noised_shapes(dict(B=8, L=256, K=1024, T=1000)),
+    ],
+    "p_sample": [
+        *((shape, F32) for shape in P_SAMPLE.bench_shapes),
+        *_noised_shapes(dict(B=8, L=256, K=1024, T=1000, step=10)),
+    ],
     **_packing_shapes(_GRID, _DYNAMIC),
 }
 
@@ -64,8 +78,12 @@ CUDA_SHAPES = {
     "quantize_step": [(dict(N=65536, K=8192, D=64), F32), (dict(N=65536, K=1024, D=256), F32)],
     "codebook_stats": [(dict(N=65536, K=8192, D=64), F32), (dict(N=262144, K=1024, D=256), F32)],
     "q_sample": [(_TOKENS, torch.int64)],
-    "diffusion_loss": [(_TOKENS, F32), (_TOKENS, BF16)],
-    "p_sample": [(dict(_TOKENS, step=10), F32), (dict(_TOKENS, step=10), BF16)],
+    "diffusion_loss": [(_TOKENS, F32), (_TOKENS, BF16), *_noised_shapes(_TOKENS)],
+    "p_sample": [
+        (dict(_TOKENS, step=10), F32),
+        (dict(_TOKENS, step=10), BF16),
+        *_noised_shapes(dict(_TOKENS, step=10)),
+    ],
     **_packing_shapes(dict(_GRID, B=30), dict(_DYNAMIC, B=30)),
 }
 
@@ -75,8 +93,11 @@ TINY_SHAPES = {
     "quantize_step": [(dict(N=256, K=32, D=8), F32)],
     "codebook_stats": [(dict(N=256, K=32, D=8), F32)],
     "q_sample": [(dict(B=4, L=64, K=32, T=100), torch.int64)],
-    "diffusion_loss": [(dict(B=4, L=16, K=32, T=100), F32)],
-    "p_sample": [(dict(B=4, L=64, K=32, T=100, step=10), F32)],
+    "diffusion_loss": [(dict(B=4, L=16, K=32, T=100), F32), *_noised_shapes(dict(B=4, L=16, K=32, T=100))],
+    "p_sample": [
+        (dict(B=4, L=64, K=32, T=100, step=10), F32),
+        *_noised_shapes(dict(B=4, L=64, K=32, T=100, step=10)),
+    ],
     **_packing_shapes(dict(B=2, H=4, W=4, G=2), dict(B=2, H=4, W=4, K=32, D=8)),
 }
 

@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import vqfast
+from vqfast.diffusion.schedules import gaussian_betas
 from vqfast.kernels.transition_matmul.library import factors
 from vqfast.ops import (
     Absorbing,
@@ -222,6 +223,13 @@ class TestChain:
                 run()
             # A few matrices written out at a time.
             assert max(abs(event.cpu_memory_usage) for event in profile.events()) < 8 * size**2 * 8
+
+
+def test_bands_of_the_published_schedule_reach_as_far_as_the_notes_say():
+    """kernels/transition_matmul/README.md: why a product does not skip what lies outside a band."""
+    steps, _ = Gaussian(256, gaussian_betas(1000)).tables_on(torch.device("cpu"))[:2]
+    assert int((steps[:, 1:] != 0).all(1).sum()) == 734
+    assert float(steps[-1, 85] / steps[-1, 1]) == pytest.approx(2.2e-10, rel=0.02)
 
 
 class TestOps:

@@ -227,8 +227,10 @@ class TestChain:
 
 def test_bands_of_the_published_schedule_reach_as_far_as_the_notes_say():
     """kernels/transition_matmul/README.md: why a product does not skip what lies outside a band."""
-    steps, _ = Gaussian(256, gaussian_betas(1000)).tables_on(torch.device("cpu"))[:2]
-    assert int((steps[:, 1:] != 0).all(1).sum()) == 734
+    betas = gaussian_betas(1000)[[0, 265, 266, 999]]
+    steps = Gaussian(256, betas).tables_on(torch.device("cpu"))[0]
+    # Wider steps have fewer zeros: the last 734 of 1000 have none.
+    assert (steps[:, 1:] == 0).any(1).tolist() == [True, True, False, False]
     assert float(steps[-1, 85] / steps[-1, 1]) == pytest.approx(2.2e-10, rel=0.02)
 
 

@@ -31,7 +31,7 @@ def calls(ops: str = ""):
     """(spec, shape, dtype) of the list; ops: comma-separated names of benchmarks or of folders of kernels/."""
     wanted = [folder for op in ops.split(",") if op.strip() for folder in KERNELS.get(op.strip(), (op.strip(),))]
     for spec in SPECS:
-        if wanted and not any(folder in spec.op for folder in wanted):
+        if wanted and not any(spec.op.startswith(folder) for folder in wanted):
             continue
         for shape in spec.test_shapes:
             if spec.op == "nearest" and spec.flops(shape) > 2 * _MOST_ELEMENTS:

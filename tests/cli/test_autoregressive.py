@@ -109,7 +109,12 @@ def test_compare_generation(folder, tmp_path, capsys):
         ("sample {folder}/gpt --derive-finest", "--derive-finest: the raster_gpt in"),
         ("sample {folder}/dq --top-p 2", "top_p: expected a share"),
         ("sample {folder}/vqvae", "holds a vqvae run, expected a vqddm or raster_gpt or dq_transformer run"),
-        ("inpaint {folder}/gpt --data {folder}/images.npz", "holds a raster_gpt run, expected a vqddm run"),
+        ("inpaint {folder}/dq --data {folder}/images.npz", "expected a vqddm or raster_gpt run"),
+        ("inpaint {folder}/gpt --data {folder}/images.npz --steps 3", "--steps: the raster_gpt in"),
+        ("inpaint {folder}/gpt --data {folder}/images.npz --variations 0", "--variations: expected at least 1"),
+        ("sample {folder}/gpt --decoding confidence", "--decoding: the raster_gpt in"),
+        ("sample {folder}/gpt --grid 8 8", "--grid: the raster_gpt in"),
+        ("interpolate {folder}/gpt --data {folder}/images.npz", "holds a raster_gpt run, expected a vqddm run"),
         ("train raster_gpt --vqvae {folder}/dqvae --data {folder}/images.npz", "holds a dqvae run, expected a vqvae"),
         (
             "train dq_transformer --dqvae {folder}/vqvae --data {folder}/images.npz",

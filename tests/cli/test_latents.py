@@ -8,7 +8,7 @@ import pytest
 
 from vqfast.cli import main
 from vqfast.cli.latents import latents
-from vqfast.cli.training import encode
+from vqfast.cli.encoding import encode
 from vqfast.data import open_dataset
 from vqfast.models.autoencoder import Autoencoder
 from vqfast.train import TrainConfig, load_autoencoder

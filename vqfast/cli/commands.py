@@ -11,10 +11,14 @@ from vqfast.cli.compare_vqddm import CompareVQDDM
 from vqfast.cli.convert import Convert
 from vqfast.cli.demo import Demo
 from vqfast.cli.evaluate import Evaluate
-from vqfast.cli.generate import Inpaint, Reconstruct, Sample
+from vqfast.cli.inpaint import Inpaint
+from vqfast.cli.interpolate import Interpolate
+from vqfast.cli.options import Training
 from vqfast.cli.presets import Presets
+from vqfast.cli.reconstruct import Reconstruct
 from vqfast.cli.refit import Prune, Refit
 from vqfast.cli.runs import Report, Runs, Share
+from vqfast.cli.sample import Sample
 from vqfast.cli.train_dq_transformer import TrainDQTransformer
 from vqfast.cli.train_dqvae import TrainDQVAE
 from vqfast.cli.train_raster_gpt import TrainRasterGPT
@@ -68,6 +72,7 @@ COMMANDS = (
     Annotated[Train, subcommand("train")]
     | Annotated[Sample, subcommand("sample")]
     | Annotated[Inpaint, subcommand("inpaint")]
+    | Annotated[Interpolate, subcommand("interpolate")]
     | Annotated[Reconstruct, subcommand("reconstruct")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Refit, subcommand("refit")]
@@ -83,11 +88,7 @@ COMMANDS = (
 )
 
 # Those that take --config, by the words that call them.
-CONFIGURABLE = {
-    "train vqvae": TrainVQVAE,
-    "train vqgan": TrainVQGAN,
-    "train dqvae": TrainDQVAE,
-    "train vqddm": TrainVQDDM,
-    "train dq_transformer": TrainDQTransformer,
-    "train raster_gpt": TrainRasterGPT,
+CONFIGURABLE: dict[str, type[Training]] = {
+    trains.command: trains
+    for trains in (TrainVQVAE, TrainVQGAN, TrainDQVAE, TrainVQDDM, TrainDQTransformer, TrainRasterGPT, Refit)
 }

@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vqfast.cli.generate import codes_around, decode, hidden_cells
-from vqfast.cli.reconstruct_dynamic import spread
-from vqfast.cli.train_vqddm import halvings, labels_of
+from vqfast.cli.encoding import check_channels, decode, describe, encode, labels_at, labels_of
+from vqfast.cli.generators import noise
+from vqfast.cli.masks import codes_around, hidden_cells, hidden_pixels
+from vqfast.cli.options import OnDevice, pick_device
+from vqfast.cli.sheets import spread
+from vqfast.cli.sizes import halvings, mults_for
+from vqfast.cli.timed import TimedComparison
+from vqfast.cli.train_autoencoder import square_images
 from vqfast.cli.train_vqvae import TrainVQVAE
-from vqfast.cli.training import check_channels, describe, encode, mults_for, pick_device, square_images
 from vqfast.data import CodeBatches, DataError, ImageData
 from vqfast.evaluate.claims import Claim, table
 from vqfast.evaluate.figures import hide, save_grid
-from vqfast.evaluate.frechet import fit_classifier, frechet_distance
-from vqfast.evaluate.generation import fit_for
+from vqfast.evaluate.frechet import frechet_distance
 from vqfast.evaluate.global_context import (
     BATCH,
     Inpainting,
@@ -46,12 +49,10 @@ BLIND = (
 )
 
 
-@dataclass
-class CompareVQDDM:
+@dataclass(kw_only=True)
+class CompareVQDDM(TimedComparison, OnDevice):
     """Train a VQ-DDM and a raster-order transformer on the same codes for the same time, and judge VQ-DDM's claims."""
 
-    data: str
-    """Images with classes: see vqfast train vqvae. The classifier that judges is trained on them too."""
     out: Path
     """Folder to make: results.json, results.md, samples.png, inpainting_centre.png, inpainting_random.png."""
     vqvae: Path | None = None
@@ -80,35 +81,26 @@ class CompareVQDDM:
     """Its width; the raster-order transformer's is chosen so that both have as many parameters."""
     depth: int = 4
     """Its blocks."""
-    heads: int = 4
-    """Attention heads of both."""
     timesteps: int = 100
     """Its noise levels T."""
     told: bool = False
     """Tell both models the class of what they inpaint. Default: they have to see it."""
-    batch_size: int = 64
-    """Images a training step."""
-    lr: float = 1e-3
-    """Highest learning rate of both."""
-    classifier_steps: int = 600
-    """Training steps of the classifier."""
     resamples: int = 300
     """Of the bootstrap that tells how sure a claim is."""
     seed: int = 0
     """Of weights, order of images, masks and noise."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes a GPU where there is one."""
 
     def execute(self) -> None:
         check_new(self.out)
-        self._check()
+        self.check(seeds=1, held_out=2, resamples=2)
+        if not self.steps or not all(1 <= steps <= self.timesteps for steps in self.steps):
+            raise DataError(f"--steps: expected numbers in 1..{self.timesteps} (--timesteps), got {self.steps}")
         device = pick_device(self.device)
         given = None if self.vqvae is None else load_autoencoder(self.vqvae, device)
         data = square_images(self.data, given.config.image_size if given else self.image_size)
         if given:
-            check_channels(data, given)
-        if data.labels is None or data.held_out.sum() < 2:
-            raise DataError(f"{self.data}: expected images with classes, and enough of them to hold some out")
+            check_channels(data, given.config.in_channels)
+        self.check_images(data)
         grid = given.config.grid_size if given else data.image_size[0] // 2 ** (len(mults_for(data.image_size[0])) - 1)
         diffusion = VQDDMConfig(
             codebook_size=given.config.codebook_size if given else self.codebook_size,
@@ -123,8 +115,8 @@ class CompareVQDDM:
         )
         raster = raster_equal(diffusion)
 
-        settings = {name: value for name, value in asdict(self).items() if name not in ("out", "vqvae")}
-        out = create_run(self.out, "compare_vqddm", {"data": describe(data), "settings": settings}).path
+        info = {"data": describe(data), "settings": self.settings("vqvae")}
+        out = create_run(self.out, "compare_vqddm", info).path
         autoencoder = given or self._train_autoencoder(out / "vqvae", device)
         bench = _Bench(self, data, autoencoder, device)
         trained: dict[str, list[Trained]] = {DIFFUSION: [], RASTER: []}
@@ -147,15 +139,6 @@ class CompareVQDDM:
             f"{out}: compared {self.seeds} trainings of each model, of {models[DIFFUSION]['parameters']} (VQ-DDM) "
             f"and {models[RASTER]['parameters']} (raster) parameters; see results.md"
         )
-
-    def _check(self) -> None:
-        for name, least in (("seeds", 1), ("n", 2), ("held_out", 2), ("resamples", 2)):
-            if getattr(self, name) < least:
-                raise DataError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
-        if not self.minutes > 0:
-            raise DataError(f"--minutes: expected a time above 0, got {self.minutes}")
-        if not self.steps or not all(1 <= steps <= self.timesteps for steps in self.steps):
-            raise DataError(f"--steps: expected numbers in 1..{self.timesteps} (--timesteps), got {self.steps}")
 
     def _ways(self) -> list[str]:
         return [f"{DIFFUSION}, {steps} steps" for steps in self.steps]
@@ -216,9 +199,9 @@ class _Bench:
         self.command, self.autoencoder, self.device = command, autoencoder, device
         self.codes = encode(autoencoder, data, "train")
         self.batches = CodeBatches(self.codes, labels_of(data, "train"))
-        seen, unseen = data.indices("train"), spread(data.indices("held-out"), command.held_out)
-        self.real, self.real_labels = data.images[unseen], torch.from_numpy(data.labels[unseen])
-        self.classifier = fit_classifier(data.images[seen], data.labels[seen], command.classifier_steps, command.seed)
+        unseen = spread(data.indices("held-out"), command.held_out)
+        self.real, self.real_labels = data.images[unseen], labels_at(data, unseen)
+        self.classifier = command.classifier(data)
         self.real_features = self.classifier.features_of(self.real)
         self.labels = torch.arange(command.n) % len(data.classes)
         grid = autoencoder.config.grid_size
@@ -229,34 +212,27 @@ class _Bench:
     def hidden(self, mask: str, seed: int) -> tuple[Tensor, np.ndarray]:
         """True where codes (N, h, w) and pixels (N, H, W) of the held-out images are hidden."""
         cells = hidden_cells(mask, len(self.real), self.grid, seed)
-        side = self.autoencoder.config.downsampling
-        return cells, cells.repeat_interleave(side, 1).repeat_interleave(side, 2).numpy()
+        return cells, hidden_pixels(cells, self.autoencoder.config.downsampling)
 
     def train_and_measure(self, name: str, model: VQDDM | RasterGPT, seed: int) -> Trained:
         command = self.command
-        seconds = 60 * command.minutes
-        with tqdm(total=seconds, desc=f"training {name}, seed {seed}", unit="s") as bar:
-            steps = fit_for(
-                model, self.batches, seconds, batch_size=command.batch_size, lr=command.lr, seed=seed,
-                report=lambda passed: bar.update(min(passed, bar.total - bar.n)),
-            )  # fmt: skip
+        steps = command.fit(f"{name}, seed {seed}", model, self.batches, seed)
         if isinstance(model, VQDDM):
-            ways = {f"{name}, {steps} steps": partial(model.sample, steps=steps) for steps in command.steps}
+            ways = {f"{name}, {count} steps": partial(model.sample, steps=count) for count in command.steps}
             inpaint = partial(model.inpaint, steps=command.steps[0])
         else:
             ways, inpaint = {name: model.sample}, model.inpaint
-        noise = lambda: torch.Generator(self.device).manual_seed(seed)
         samples = {
-            way: measure_samples(draw, self._decode, self.labels, self.classifier, self.codes, noise())
+            way: measure_samples(draw, self._decode, self.labels, self.classifier, self.codes, noise(seed, self.device))
             for way, draw in tqdm(ways.items(), desc="sampling", leave=False)
         }
         inpaintings = {}
         for mask in MASKS:
             cells, pixels = self.hidden(mask, seed)
             codes, labels = self._codes_around(pixels), self.real_labels if command.told else None
-            drawn = inpaint(codes, cells, labels, batch_size=BATCH, generator=noise())
+            drawn = inpaint(codes, cells, labels, batch_size=BATCH, generator=noise(seed, self.device))
             inpaintings[mask] = self._completed(drawn, pixels)
-        return Trained(steps, held_out_bits(model, self.held_out, noise()), samples, inpaintings)
+        return Trained(steps, held_out_bits(model, self.held_out, noise(seed, self.device)), samples, inpaintings)
 
     def limits(self) -> tuple[float, dict[str, Inpainting]]:
         """What no model of these codes can be expected to beat: the Frechet distance of reconstructions of training
@@ -271,7 +247,7 @@ class _Bench:
         return decode(self.autoencoder, codes)
 
     def _codes_around(self, hidden: np.ndarray) -> Tensor:
-        return codes_around(self.autoencoder, self.real, hidden, self.device).cpu()
+        return codes_around(self.autoencoder, self.real, hidden).cpu()
 
     def _completed(self, codes: Tensor, hidden: np.ndarray) -> Inpainting:
         """What was given stays as it was given, to the pixel."""

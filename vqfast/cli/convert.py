@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 from torch import nn
 from tyro.conf import Positional, subcommand
 
-from vqfast.cli.train_vqddm import copy_autoencoder
-from vqfast.cli.training import AUTOENCODER
+from vqfast.cli.training import AUTOENCODER, copy_autoencoder
 from vqfast.models.converters import (
     dqvae_config,
     dqvae_state_dict,

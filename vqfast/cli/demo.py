@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from vqfast.cli import run_command
-from vqfast.cli.generate import COLUMNS
-from vqfast.cli.training import encode
+from vqfast.cli.encoding import encode
+from vqfast.cli.sheets import COLUMNS
 from vqfast.data import open_dataset
 from vqfast.evaluate.classes import Reader
 from vqfast.evaluate.codes import copied

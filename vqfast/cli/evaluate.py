@@ -2,22 +2,22 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
-from vqfast.cli.generate import load_generator, sampling_settings
+from vqfast.cli.encoding import describe, images_for, labels_of
+from vqfast.cli.generators import GENERATORS, DynamicDecoding, load_generator, same_classes
+from vqfast.cli.options import OfImages, OnDevice, VaryingLength
+from vqfast.cli.perceptual import load_lpips
 from vqfast.cli.settings import plain
-from vqfast.cli.train_vqgan import load_lpips
-from vqfast.cli.training import check_channels, describe
-from vqfast.data import ImageBatches, ImageData, open_dataset
+from vqfast.data import ImageBatches, ImageData
 from vqfast.evaluate.evaluation import Judges, evaluate_likelihood, evaluate_reconstruction, evaluate_samples
 from vqfast.evaluate.features import Extractor, InceptionFeatures, TimmFeatures, TorchScriptFeatures
 from vqfast.evaluate.report import figure_table
-from vqfast.models.dqvae import DQVAE
 from vqfast.models.registry import kind_of
 from vqfast.train import RunError, check_new, create_run, load_model, open_run
 from vqfast.train.runs import write_json
@@ -48,11 +48,11 @@ FIGURES = {
 }
 
 
-@dataclass
-class Evaluate:
+@dataclass(kw_only=True)
+class Evaluate(VaryingLength, DynamicDecoding, OnDevice, OfImages):
     """Measure a trained model: an autoencoder by its reconstructions, a model of codes by its samples.
 
-    Several processes share the work: torchrun --nproc-per-node 2 -m vqfast.cli evaluate ...
+    Several processes share the work: accelerate launch --num-processes 2 -m vqfast.cli evaluate ...
     """
 
     run: Positional[Path]
@@ -61,8 +61,10 @@ class Evaluate:
     """Images to reconstruct, or to compare samples with: see vqfast train vqvae."""
     out: Path
     """Folder to make: metrics.json and metrics.md."""
-    split: Literal["train", "held-out", "all"] = "held-out"
-    """Which images."""
+    steps: int | None = None
+    """VQ-DDM: denoising steps, of samples and of the bound. Default: every noise level of the model."""
+    seed: int = 0
+    """Of the samples."""
     checkpoint: Literal["last", "best"] = "last"
     """Which weights: the newest, or those with the lowest loss on held-out images."""
     inception: Path | None = None
@@ -84,38 +86,16 @@ class Evaluate:
     """k of precision and recall; 0 leaves them out."""
     splits: int = 10
     """Of the Inception score."""
-    n: int | None = None
+    n: Annotated[int | None, arg(aliases=["-n"])] = None
     """Models of codes: samples. Default: as many as there are images."""
     bits_n: int = 256
     """VQ-DDM and GPT: images whose codes' bits are measured, the first of the split; 0 leaves them out."""
     unconditional: bool = False
     """Do not tell the model classes."""
-    steps: int | None = None
-    """VQ-DDM: denoising steps, of samples and of the bound. Default: every noise level of the model."""
-    guidance: float = 1.0
-    """Strength of classifier-free guidance."""
-    temperature: float = 1.0
-    """Below 1 draws likelier, less varied images."""
-    top_k: int | None = None
-    """DQ-Transformer and GPT: draw each code from the k likeliest."""
-    top_p: float | None = None
-    """DQ-Transformer and GPT: draw each code from the fewest whose probabilities sum to at least this."""
-    position_top_k: int | None = None
-    """DQ-Transformer: draw each position from the k likeliest."""
-    derive_finest: bool = False
-    """DQ-Transformer: do not draw the finest grain's positions, but take what the coarser ones have left."""
-    target_codes: int | None = None
-    """DQ-VAE: codes for each image. Default: as many as its router gives."""
-    target_error: float | None = None
-    """DQ-VAE: as few codes for each image as bring its mean squared error (values in [-1, 1]) below this."""
     batch_size: int = 64
     """Images that each process takes at once."""
     workers: int = 0
     """Processes that read images, for each process of the evaluation."""
-    seed: int = 0
-    """Of the samples."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes a GPU where there is one."""
 
     def execute(self) -> None:
         for name, least in (("neighbours", 0), ("splits", 1), ("n", 1), ("bits_n", 0), ("batch_size", 1)):
@@ -134,7 +114,7 @@ class Evaluate:
             self.workers,
         )
         kind = open_run(self.run).kind
-        measure = self._autoencoder if kind in ("vqvae", "vqgan", "dqvae") else self._generator
+        measure = self._generator if kind in GENERATORS else self._autoencoder
         data, figures = measure(processes.device, judges)
         if not processes.is_main_process:
             return
@@ -147,22 +127,16 @@ class Evaluate:
 
     def _autoencoder(self, device: torch.device, judges: Judges) -> tuple[ImageData, dict[str, Any] | None]:
         autoencoder = load_model(self.run, None, device, self.checkpoint)
-        targets = {name: getattr(self, name) for name in ("target_codes", "target_error")}
-        targets = {name: value for name, value in targets.items() if value is not None}
-        if targets and not isinstance(autoencoder, DQVAE):
-            raise RunError(f"--target-codes, --target-error: need a DQ-VAE, {self.run} is a {kind_of(autoencoder)}")
+        targets = self.targets(self.run, kind_of(autoencoder))
         images, data = self._images(autoencoder)
         return data, evaluate_reconstruction(autoencoder, images, judges, progress=True, **targets)
 
     def _generator(self, device: torch.device, judges: Judges) -> tuple[ImageData, dict[str, Any] | None]:
-        if self.target_codes is not None or self.target_error is not None:
-            raise RunError(f"--target-codes, --target-error: need a DQ-VAE, not {self.run}")
         model, autoencoder, classes = load_generator(self.run, device, checkpoint=self.checkpoint)
-        special = sampling_settings(self, model)
+        self.targets(self.run, kind_of(model))  # it has no use for any
+        arguments = self.arguments(model.sample, model, self.run)
         images, data = self._images(autoencoder)
-        conditional = bool(classes) and not self.unconditional
-        if conditional and data.classes != classes:
-            raise RunError(f"{self.data}: has other classes than {self.run} was trained on; add --unconditional")
+        conditional = same_classes(data, self.run, classes, self.unconditional)
         n = self.n or len(images)
         figures = evaluate_samples(
             model,
@@ -173,9 +147,7 @@ class Evaluate:
             labels=_labels(data, self.split, n) if conditional else None,
             seed=self.seed,
             progress=True,
-            temperature=self.temperature,
-            guidance_scale=self.guidance,
-            **special,
+            **arguments,
         )
         if hasattr(model, "bits_per_dim") and self.bits_n:
             bits = evaluate_likelihood(
@@ -184,7 +156,7 @@ class Evaluate:
                 ImageBatches(data, self.split, most=self.bits_n),
                 judges,
                 conditional=conditional,
-                steps=special.get("steps"),
+                steps=arguments.get("steps"),
                 seed=self.seed,
                 progress=True,
             )
@@ -192,8 +164,7 @@ class Evaluate:
         return data, figures
 
     def _images(self, autoencoder: nn.Module) -> tuple[ImageBatches, ImageData]:
-        data = open_dataset(self.data, image_size=autoencoder.config.image_size)
-        check_channels(data, autoencoder)
+        data = images_for(self.data, autoencoder)
         return ImageBatches(data, self.split), data
 
     def _extractor(self, device: torch.device) -> Extractor | None:
@@ -222,5 +193,5 @@ def _on(module: nn.Module | None, device: torch.device) -> nn.Module | None:
 
 def _labels(data: ImageData, split: str, n: int) -> Tensor:
     """(n,) classes as often as in the images of the split, which they follow in turn."""
-    labels = torch.from_numpy(data.labels[data.indices(split)])
+    labels = labels_of(data, split)
     return labels[torch.arange(n) * len(labels) // n] if n < len(labels) else labels[torch.arange(n) % len(labels)]

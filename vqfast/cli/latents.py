@@ -7,7 +7,8 @@ from typing import Any
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from vqfast.cli.training import encoded, pick_device
+from vqfast.cli.encoding import encoded
+from vqfast.cli.options import pick_device
 from vqfast.data import CodeBatches, ImageData, cached_latents, fingerprint
 from vqfast.models.dqvae import DynamicCodes
 from vqfast.train.checkpoint import WEIGHTS, sha256

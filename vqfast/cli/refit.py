@@ -1,34 +1,37 @@
 """`vqfast refit` and `vqfast prune`: codebooks in which codes are dead, rebuilt or cut."""
 
-import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 from tyro.conf import Positional
 
-from vqfast.cli.generate import measure
-from vqfast.cli.train_vqgan import load_lpips
-from vqfast.cli.training import check_channels, describe, encode, pick_device, start, train_on_images
-from vqfast.data import ImageBatches, ImageData, open_dataset
+from vqfast.cli.encoding import describe, encode, images_for
+from vqfast.cli.options import OfImages, OnDevice, Training, pick_device
+from vqfast.cli.perceptual import load_lpips
+from vqfast.cli.training import checksum, start, train_on_images
+from vqfast.data import ImageBatches, ImageData
+from vqfast.evaluate.evaluation import Judges, evaluate_reconstruction
 from vqfast.models.autoencoder import Autoencoder
 from vqfast.models.refit import GENERATOR_WEIGHT, collect_vectors, prune_codebook, rebuild_codebook
 from vqfast.models.registry import kind_of
 from vqfast.models.vqgan import VQGAN
 from vqfast.train import RunError, TrainConfig, check_new, create_run, load_autoencoder
-from vqfast.train.checkpoint import WEIGHTS, newest_checkpoint, save_checkpoint
+from vqfast.train.checkpoint import newest_checkpoint, save_checkpoint
 from vqfast.train.runs import write_json
 
 FIGURES_FILE = "refit.json"
 BATCH = 64
 
 
-@dataclass
-class Refit:
+@dataclass(kw_only=True)
+class Refit(Training):
     """Rebuild the codebook of a trained model so that all codes are used, and fine-tune its decoder (ReFiT)."""
+
+    command: ClassVar[str] = "refit"
 
     run: Positional[Path]
     """Run of a VQ-VAE or VQGAN; stays as it is."""
@@ -46,28 +49,26 @@ class Refit:
     """VQGAN: fixed weight of the generator's loss."""
     lpips: tuple[Path, ...] = ()
     """VQGAN: see vqfast train vqgan."""
-    resume: bool = False
-    """Go on where the run in --out stopped: the same command with this added."""
     training: TrainConfig = field(default_factory=lambda: TrainConfig(lr=2e-6, beta1=0.5, beta2=0.9, weight_decay=0.0))
 
     def execute(self) -> None:
         processes = start(self)
         perceptual = load_lpips(self.lpips)
         model = load_autoencoder(self.run, pick_device(self.training.device))
-        data = open_dataset(self.data, image_size=model.config.image_size)
-        check_channels(data, model)
+        data = images_for(self.data, model)
         size = self.codebook_size or model.config.codebook_size
         if self.vectors < size:
             raise RunError(f"--vectors: expected many more than the {size} codes, got {self.vectors}")
-        figures = {"before": measure(model, data, "held-out")[0]}
+        held_out = ImageBatches(data, "held-out")
+        figures = {"before": evaluate_reconstruction(model, held_out, Judges(), progress=True)}
         rebuilt = self._rebuild(model, data, size)
-        figures["rebuilt"] = measure(rebuilt, data, "held-out")[0]
+        figures["rebuilt"] = evaluate_reconstruction(rebuilt, held_out, Judges(), progress=True)
         if isinstance(rebuilt, VQGAN):
             rebuilt.perceptual = perceptual
 
         refit = {"vectors": self.vectors, "iters": self.iters, "weights": _checksum(self.run)}
-        tuned = train_on_images(self, "refit", rebuilt, data, processes, {"refit": refit})
-        figures["after"] = measure(tuned, data, "held-out")[0]
+        tuned = train_on_images(self, rebuilt, data, processes, {"refit": refit})
+        figures["after"] = evaluate_reconstruction(tuned, held_out, Judges(), progress=True)
         if processes.is_main_process:
             write_json(self.out / FIGURES_FILE, figures)
             for when, found in figures.items():
@@ -87,8 +88,8 @@ class Refit:
         )
 
 
-@dataclass
-class Prune:
+@dataclass(kw_only=True)
+class Prune(OnDevice, OfImages):
     """Cut the codes that no image uses out of a trained model's codebook."""
 
     run: Positional[Path]
@@ -98,15 +99,11 @@ class Prune:
     out: Path
     """Folder of the new run, which also gets kept_codes.npy: the old index of each new code."""
     split: Literal["train", "held-out", "all"] = "all"
-    """Which images."""
-    device: Literal["auto", "cpu"] = "auto"
-    """auto takes a GPU where there is one."""
 
     def execute(self) -> None:
         check_new(self.out)
         model = load_autoencoder(self.run, pick_device(self.device))
-        data = open_dataset(self.data, image_size=model.config.image_size)
-        check_channels(data, model)
+        data = images_for(self.data, model)
         codes = encode(model, data, self.split)
         size = model.config.codebook_size
         pruned, kept = prune_codebook(model, torch.bincount(codes.flatten(), minlength=size))
@@ -120,7 +117,7 @@ class Prune:
 
 
 def _checksum(run: Path) -> int:
-    return zlib.crc32((newest_checkpoint(run).path / WEIGHTS).read_bytes())
+    return checksum(newest_checkpoint(run).path)
 
 
 def _line(found: dict[str, Any]) -> str:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tyro.conf import Positional
+
 from vqfast.cli.errors import UsageError
 from vqfast.train.runs import FORMAT, check_format
 
@@ -62,12 +64,14 @@ def with_settings(argv: Sequence[str], commands: dict[str, type]) -> list[str]:
         if not rest:
             raise UsageError("--config: expected a YAML file")
         value, rest = rest[0], rest[1:]
-    command = " ".join(argv[:2])
-    if place < 2 or command not in commands:
+    words = next((n for n in (1, 2) if " ".join(argv[:n]) in commands), 0)
+    if not 0 < words <= place:
         raise UsageError(f"--config: expected after one of {', '.join(commands)}")
-    settings = _read(Path(value), command)
-    found = _arguments(settings, commands[command], Path(value))
-    return [*argv[:2], *found, *argv[2:place], *rest]
+    command, given = " ".join(argv[:words]), [*argv[words:place], *rest]
+    flags, positional = _arguments(_read(Path(value), command), commands[command], Path(value))
+    # One given on the command line stands right behind the command, and in place of the file's.
+    own = given and not given[0].startswith("-")
+    return [*argv[:words], *([given.pop(0)] if own else positional), *flags, *given]
 
 
 def _read(path: Path, command: str) -> dict[str, Any]:
@@ -88,10 +92,11 @@ def _read(path: Path, command: str) -> dict[str, Any]:
     return settings
 
 
-def _arguments(settings: dict[str, Any], described: type, path: Path, inside: str = "") -> list[str]:
-    """The settings as command line arguments, so that one parser checks both."""
+def _arguments(settings: dict[str, Any], described: type, path: Path, inside: str = "") -> tuple[list[str], list[str]]:
+    """The settings as command line arguments, so that one parser checks both: flags, and those without one."""
     fields = {field.name: field for field in dataclasses.fields(described)}
-    arguments: list[str] = []
+    flags: list[str] = []
+    positional: list[str] = []
     for name, value in settings.items():
         if name not in fields:
             nearest = difflib.get_close_matches(str(name), fields, n=1, cutoff=0)[0]
@@ -100,10 +105,12 @@ def _arguments(settings: dict[str, Any], described: type, path: Path, inside: st
         if dataclasses.is_dataclass(kind):
             if not isinstance(value, dict):
                 raise UsageError(f"{path}: {inside}{name}: expected settings (name: value), got {value!r}")
-            arguments += _arguments(value, kind, path, f"{inside}{name}.")
+            flags += _arguments(value, kind, path, f"{inside}{name}.")[0]
+        elif kind == Positional[Path]:
+            positional.append(str(value))
         elif value is not None:
-            arguments += _argument(name, value, fields[name].default)
-    return arguments
+            flags += _argument(name, value, fields[name].default)
+    return flags, positional
 
 
 def _argument(name: str, value: Any, default: Any) -> list[str]:

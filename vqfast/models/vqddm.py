@@ -14,9 +14,12 @@ from vqfast.diffusion import (
     MaskAndReplace,
     Transition,
     Uniform,
+    WindowedDenoiser,
     gaussian_betas,
+    interpolate,
     mask_and_replace,
     sample,
+    sample_by_confidence,
     schedule,
 )
 from vqfast.models.conditioning import batch_labels, check_guidance, flat_codes, known_codes, sampling_labels
@@ -26,6 +29,7 @@ from vqfast.models.unet import UNet
 
 DENOISERS = ("unet", "transformer")
 TRANSITIONS = ("uniform", "absorbing", "mask_and_replace", "marginal", "gaussian")
+DECODINGS = ("chain", "confidence")
 
 
 @dataclass
@@ -209,6 +213,9 @@ class VQDDM(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         guidance_scale: float = 1.0,
+        decoding: str = "chain",
+        choice_temperature: float = 4.5,
+        grid: tuple[int, int] | None = None,
         batch_size: int | None = None,
         generator: torch.Generator | None = None,
         progress: bool = False,
@@ -218,10 +225,15 @@ class VQDDM(nn.Module):
         Args:
             n: how many, at least 1.
             labels: (n,) int64 classes, or one class for all; None draws without a class.
-            steps: denoiser calls per grid, 1..T; None takes all T.
+            steps: denoiser calls per grid, 1..T; None takes all T, or 8 in decoding by confidence.
             temperature: divides the logits.
             top_k, top_p: draw among the most likely codes only, see vqfast.ops.p_sample.
             guidance_scale: strength of classifier-free guidance; 1 is none.
+            decoding: "chain", the reverse of the noise, or with the transition "absorbing" also "confidence": what the
+                model is surest of first, see vqfast.diffusion.sample_by_confidence.
+            choice_temperature: of decoding by confidence.
+            grid: (H, W) of what to draw, at least the model's, which then looks through windows of its own size that
+                overlap by half, see vqfast.diffusion.WindowedDenoiser. None for the model's.
             batch_size: grids at a time; None takes all n at once.
             generator: source of the random numbers.
             progress: show a bar.
@@ -231,13 +243,15 @@ class VQDDM(nn.Module):
 
         Raises:
             TypeError, ValueError: labels missing, not wanted or out of range; steps not in 1..T; guidance of
-                a model trained without class_dropout.
+                a model trained without class_dropout; a grid smaller than the model's; decoding by confidence of a
+                model with another transition.
         """
         if not isinstance(n, int) or n < 1:
             raise ValueError(f"n: expected a whole number, at least 1, got {n!r}")
         return self._draw(
-            n, None, labels, batch_size, guidance_scale,
-            steps=steps, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, progress=progress,
+            n, None, labels, guidance_scale, grid=grid, decoding=decoding, choice_temperature=choice_temperature,
+            steps=steps, temperature=temperature, top_k=top_k, top_p=top_p, batch_size=batch_size,
+            generator=generator, progress=progress,
         )  # fmt: skip
 
     def inpaint(
@@ -251,6 +265,8 @@ class VQDDM(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         guidance_scale: float = 1.0,
+        decoding: str = "chain",
+        choice_temperature: float = 4.5,
         batch_size: int | None = None,
         generator: torch.Generator | None = None,
         progress: bool = False,
@@ -270,28 +286,94 @@ class VQDDM(nn.Module):
         """
         known = known_codes(codes, mask, self.config.grid, self.config.codebook_size).to(self.device)
         return self._draw(
-            len(known), known, labels, batch_size, guidance_scale,
-            steps=steps, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, progress=progress,
+            len(known), known, labels, guidance_scale, decoding=decoding, choice_temperature=choice_temperature,
+            steps=steps, temperature=temperature, top_k=top_k, top_p=top_p, batch_size=batch_size,
+            generator=generator, progress=progress,
         )  # fmt: skip
 
-    def _draw(self, n, known, labels, batch_size, guidance_scale, **options) -> Tensor:
+    def interpolate(
+        self,
+        first: Tensor,
+        second: Tensor,
+        labels: Tensor | int | None = None,
+        *,
+        level: int,
+        weight: float = 0.5,
+        steps: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float = 1.0,
+        batch_size: int | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Draw grids of codes between two, see vqfast.diffusion.interpolate.
+
+        Args:
+            first, second: (B, H, W) or (B, L) int64.
+            level: noise level in 1..T that both are taken to: low keeps what they agree on, T forgets both.
+            weight: share of the second, 0..1.
+            steps: denoiser calls, 1..level; None takes every level.
+            labels and the rest: as for `sample`.
+
+        Returns:
+            (B, H, W) int64.
+
+        Raises:
+            TypeError, ValueError: as `sample`; level or weight out of range; codes that do not fit.
+        """
+        first, second = (
+            self._flat(name, codes).to(self.device) for name, codes in (("first", first), ("second", second))
+        )
+        labels = self._labels(labels, len(first))
+        check_guidance(guidance_scale, self.config.num_classes, self.config.class_dropout)
+        with evaluating(self):
+            codes = interpolate(
+                self, first, second, self.diffusion.transition, level=level, weight=weight, rule=self.config.rule,
+                labels=labels, steps=steps, temperature=temperature, top_k=top_k, top_p=top_p,
+                guidance_scale=guidance_scale, batch_size=batch_size, generator=generator, progress=progress,
+            )  # fmt: skip
+        return codes.view(-1, *self.config.grid)
+
+    def _draw(
+        self,
+        n: int,
+        known: Tensor | None,
+        labels: Tensor | int | None,
+        guidance_scale: float,
+        *,
+        grid: tuple[int, int] | None = None,
+        decoding: str,
+        choice_temperature: float,
+        steps: int | None,
+        **options,
+    ) -> Tensor:
+        """(n, H, W) codes; known: (n, L) with -1 where to draw, None to draw all."""
         labels = self._labels(labels, n)
         check_guidance(guidance_scale, self.config.num_classes, self.config.class_dropout)
-        h, w = self.config.grid
-        with evaluating(self):
-            codes = sample(
-                self,
-                (n, h * w),
-                self.diffusion.transition,
-                rule=self.config.rule,
-                labels=labels,
-                known=known,
-                guidance_scale=guidance_scale,
-                batch_size=batch_size,
-                device=self.device,
-                **options,
+        if decoding not in DECODINGS:
+            raise ValueError(f"decoding: expected one of {', '.join(DECODINGS)}, got {decoding!r}")
+        if decoding == "confidence" and self.config.transition != "absorbing":
+            raise ValueError(
+                f"decoding: 'confidence' needs the transition 'absorbing', this model has {self.config.transition!r}"
             )
-        return codes.view(n, h, w)
+        grid, denoiser = self.config.grid if grid is None else tuple(grid), self
+        if grid != self.config.grid:
+            if len(grid) != 2 or any(size < own for size, own in zip(grid, self.config.grid, strict=True)):
+                raise ValueError(f"grid: expected at least the model's, {self.config.grid}, got {grid}")
+            denoiser = WindowedDenoiser(self, grid, self.config.grid)
+        shared = dict(labels=labels, known=known, guidance_scale=guidance_scale, device=self.device, **options)
+        shape, transition = (n, grid[0] * grid[1]), self.diffusion.transition
+        with evaluating(self):
+            if decoding == "chain":
+                codes = sample(denoiser, shape, transition, rule=self.config.rule, steps=steps, **shared)
+            else:
+                calls = {} if steps is None else {"steps": steps}
+                codes = sample_by_confidence(
+                    denoiser, shape, transition, choice_temperature=choice_temperature, **calls, **shared
+                )
+        return codes.view(n, *grid)
 
     def _flat(self, name: str, codes: Tensor) -> Tensor:
         return flat_codes(name, codes, self.config.grid)

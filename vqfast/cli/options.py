@@ -1,0 +1,86 @@
+"""Options that several commands have: the same words for the same thing everywhere."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from tyro.conf import Positional
+
+from vqfast.train import RunError, TrainConfig
+
+
+@dataclass(kw_only=True)
+class Training:
+    """What every command that trains has."""
+
+    command: ClassVar[str]  # its words, such as "train vqvae"
+
+    data: str
+    """Images: see vqfast train vqvae."""
+    out: Path
+    """Folder of the run; made, and never overwritten."""
+    resume: bool = False
+    """Go on where the run in --out stopped: the same command with this added."""
+    training: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(kw_only=True)
+class OfRun:
+    """What every command has that uses a trained model."""
+
+    run: Positional[Path]
+    """Run of the model."""
+    out: Path
+    """Folder to make."""
+
+
+@dataclass(kw_only=True)
+class OfImages(OfRun):
+    """What every command has that sends images through a trained model."""
+
+    data: str
+    """Images: see vqfast train vqvae."""
+    split: Literal["train", "held-out", "all"] = "held-out"
+    """Which images."""
+
+
+@dataclass(kw_only=True)
+class OnDevice:
+    """Where a command computes that does not train."""
+
+    device: Literal["auto", "cpu"] = "auto"
+    """auto takes a GPU where there is one."""
+
+
+@dataclass(kw_only=True)
+class VaryingLength:
+    """How many codes a DQ-VAE spends on an image."""
+
+    target_codes: int | None = None
+    """DQ-VAE: codes for each image. Default: as many as its router gives."""
+    target_error: float | None = None
+    """DQ-VAE: as few codes for each image as bring its mean squared error (values in [-1, 1]) below this."""
+
+    def targets(self, run: Path, kind: str) -> dict[str, Any]:
+        """Those that were given, as arguments of a DQ-VAE's `encode`.
+
+        Raises:
+            RunError: some were, and the run is of another kind.
+        """
+        given = {"target_codes": self.target_codes, "target_error": self.target_error}
+        given = {name: value for name, value in given.items() if value is not None}
+        if given and kind != "dqvae":
+            raise RunError(f"--target-codes, --target-error: need a DQ-VAE, {run} is a {kind}")
+        return given
+
+
+def config_from(command: Any, config_class: type, **others: Any) -> Any:
+    """A configuration: the command's options that have the names of its fields, and the others given here."""
+    names = {f.name for f in fields(config_class)} & {f.name for f in fields(command)} - set(others)
+    return config_class(**{name: getattr(command, name) for name in names}, **others)
+
+
+def pick_device(device: str) -> torch.device:
+    """ "auto" is the GPU where there is one."""
+    return torch.device("cuda" if device == "auto" and torch.cuda.is_available() else "cpu")

@@ -1,0 +1,35 @@
+"""What `vqfast train vqddm`, `raster_gpt` and `dq_transformer` share: options, and how they train."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from vqfast.cli.options import Training
+from vqfast.cli.training import AUTOENCODER, start, train_on_codes
+from vqfast.models.autoencoder import AutoencoderConfig
+
+
+@dataclass(kw_only=True)
+class CodeTraining(Training):
+    """Options of every model of codes. A command names the run whose codes they are in the option `source`."""
+
+    source: ClassVar[str] = AUTOENCODER  # also the folder of the autoencoder's copy in the run, which stands alone
+
+    data: str
+    """Images to model: see vqfast train vqvae."""
+    unconditional: bool = False
+    """Leave out the classes even where the data has them."""
+    class_dropout: float = 0.1
+    """Share of labels hidden in training, which --guidance and sampling without a class need."""
+
+    def model(self, autoencoder: AutoencoderConfig, num_classes: int | None) -> nn.Module:
+        """The model to train on the codes of such an autoencoder."""
+        raise NotImplementedError
+
+    def draw(self, model: nn.Module, n: int, labels: Tensor | None) -> Tensor:
+        """Codes of n samples to look at during training."""
+        return model.sample(n, labels)
+
+    def execute(self) -> None:
+        train_on_codes(self, start(self))

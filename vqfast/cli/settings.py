@@ -38,7 +38,9 @@ def write_settings(run: Path, command: str, settings: Any, resolved: dict[str, A
 
     values = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _LEFT_OUT}
     chosen = {name: resolved[name] for name, value in values.items() if value is None and name in resolved}
-    text = yaml.safe_dump({"format": FORMAT, "command": command} | plain(values | chosen), sort_keys=False)
+    # Groups of settings last.
+    ordered = dict(sorted((values | chosen).items(), key=lambda item: isinstance(item[1], dict)))
+    text = yaml.safe_dump({"format": FORMAT, "command": command} | plain(ordered), sort_keys=False)
     beside = run / f".{CONFIG_FILE}.{os.getpid()}"
     beside.write_text(text)
     beside.replace(run / CONFIG_FILE)

@@ -224,7 +224,8 @@ CASES = {
     ),
     "not a run": ("sample {folder} --out {tmp}/out", None, "not a run"),
     "images of other channels": (
-        "reconstruct {folder}/vqvae --data {folder}/colour.npz --out {tmp}/out", None, "coloured images, but the autoencoder"
+        "reconstruct {folder}/vqvae --data {folder}/colour.npz --out {tmp}/out", None,
+        "coloured images, but the autoencoder takes grey ones",
     ),
     "unknown class": ("sample {folder}/vqddm --out {tmp}/out --labels cow", None, "no class cow; the model has cat"),
     "class without classes": ("sample {folder}/plain --out {tmp}/out --labels cat", None, "without classes"),

@@ -107,7 +107,7 @@ def test_compare_generation(folder, tmp_path, capsys):
         ("compare generation --dqvae {folder}/dqvae --data {folder}/images.npz --minutes 0", "--minutes: expected"),
         ("sample {folder}/gpt --steps 3", "--steps: the raster_gpt in"),
         ("sample {folder}/gpt --derive-finest", "--derive-finest: the raster_gpt in"),
-        ("sample {folder}/dq --top-p 2", "top_p: expected a share"),
+        ("sample {folder}/dq --top-p 2", "--top-p: expected a share"),
         ("sample {folder}/vqvae", "holds a vqvae run, expected a vqddm or raster_gpt or dq_transformer run"),
         ("inpaint {folder}/dq --data {folder}/images.npz", "expected a vqddm or raster_gpt run"),
         ("inpaint {folder}/gpt --data {folder}/images.npz --steps 3", "--steps: the raster_gpt in"),

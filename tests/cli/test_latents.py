@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from vqfast.cli import main
-from vqfast.cli.latents import latents
 from vqfast.cli.encoding import encode
+from vqfast.cli.latents import latents
 from vqfast.data import open_dataset
 from vqfast.models.autoencoder import Autoencoder
 from vqfast.train import TrainConfig, load_autoencoder

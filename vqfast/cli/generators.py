@@ -43,8 +43,15 @@ class Sampling:
         """The settings as arguments of a model's `draw`: its `sample`, `inpaint` or `interpolate`.
 
         Raises:
-            RunError: one was given that the model has no use for.
+            RunError: one is out of range, or was given to a model that has no use for it.
         """
+        # Before a bar is shown, and by the names that they have here.
+        if not self.temperature > 0:
+            raise RunError(f"--temperature: expected a number above 0, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise RunError(f"--top-k: expected at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise RunError(f"--top-p: expected a share above 0, at most 1, got {self.top_p}")
         taken = inspect.signature(draw).parameters
         settings = [f for f in fields(self) if f.name in _SETTINGS]
         given = {f.name: value for f in settings if (value := getattr(self, f.name)) != f.default}

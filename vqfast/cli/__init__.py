@@ -1,11 +1,7 @@
 """The command `vqfast`: one line and exit code 2 for what the user can put right, 1 for what only we can."""
 
-import contextlib
-import io
 import sys
 from collections.abc import Sequence
-
-from vqfast.cli.errors import UsageError
 
 # Import name -> nothing but membership: what `pip install "vqfast[train]"` brings.
 _TRAIN_EXTRA = (
@@ -55,50 +51,9 @@ def run_command(argv: Sequence[str]) -> None:
 
         print(f"vqfast {vqfast.__version__}")
         return
+    from vqfast.cli.parser import parse
+
     parse(argv).execute()
-
-
-def parse(argv: Sequence[str]):
-    """The command that the arguments describe: an object with `execute()`.
-
-    Raises:
-        UsageError: they describe none.
-    """
-    import tyro
-
-    from vqfast.cli.commands import COMMANDS, CONFIGURABLE
-    from vqfast.cli.settings import with_settings
-
-    argv = with_settings(argv, CONFIGURABLE)
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                COMMANDS,
-                prog="vqfast",
-                description="Vector quantisation and discrete diffusion on images. Every command takes --debug.",
-                args=list(argv) or ["--help"],
-                config=(
-                    tyro.conf.OmitArgPrefixes,
-                    tyro.conf.OmitSubcommandPrefixes,
-                    tyro.conf.FlagCreatePairsOff,
-                ),
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise UsageError(_unboxed(complaint.getvalue())) from None
-
-
-def _unboxed(panel: str) -> str:
-    """The message in the frame that the parser draws: its lines up to the first rule."""
-    lines = []
-    for line in panel.splitlines()[1:]:
-        text = line.strip("│ ")
-        if text.startswith("───"):
-            break
-        lines.append(text)
-    return " ".join(" ".join(lines).split()) + " (vqfast --help tells more)"
 
 
 def _is_users(error: Exception) -> bool:

@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from vqfast.cli.options import check_out
 from vqfast.data import DataError, open_dataset, to_float, to_uint8
 from vqfast.evaluate.claims import Claim, table
 from vqfast.evaluate.dynamic_codes import Result, compare, contestants, fit, measure
 from vqfast.evaluate.figures import Line, draw_grains, save_grid, save_lines
 from vqfast.models.dqvae import DQVAEConfig
-from vqfast.train import check_new, create_run
+from vqfast.train import create_run
 from vqfast.train.runs import write_json
 
 SHOWN = 12
@@ -48,7 +49,7 @@ class CompareDQVAE:
     """Of weights, crops and grains."""
 
     def execute(self) -> None:
-        check_new(self.out)
+        check_out(self.out)
         data = open_dataset(self.data, image_size=self.image_size)
         if self.crop > self.image_size:
             raise DataError(f"--crop: expected at most {self.image_size} pixels (--image-size), got {self.crop}")

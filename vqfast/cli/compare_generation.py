@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vqfast.cli.encoding import decode, describe, encode_dynamic, images_for, labels_of
-from vqfast.cli.options import config_from
+from vqfast.cli.options import check_out, config_from
 from vqfast.cli.timed import TimedComparison
 from vqfast.data import CodeBatches
 from vqfast.evaluate.figures import save_grid
@@ -19,7 +19,7 @@ from vqfast.evaluate.generation import Generated
 from vqfast.models.dq_transformer import DQTransformer, DQTransformerConfig
 from vqfast.models.dqvae import DQVAE
 from vqfast.models.raster_gpt import RasterGPT, RasterGPTConfig
-from vqfast.train import check_new, create_run, load_model
+from vqfast.train import create_run, load_model
 from vqfast.train.runs import write_json
 
 SHOWN = 16
@@ -43,7 +43,7 @@ class CompareGeneration(TimedComparison):
     batch_size: int = 32
 
     def execute(self) -> None:
-        check_new(self.out)
+        check_out(self.out)
         self.check()
         autoencoder: DQVAE = load_model(self.dqvae, "dqvae")
         data = images_for(self.data, autoencoder)

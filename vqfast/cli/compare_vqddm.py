@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from vqfast.cli.encoding import check_channels, decode, describe, encode, labels_at, labels_of
 from vqfast.cli.generators import noise
 from vqfast.cli.masks import codes_around, hidden_cells, hidden_pixels
-from vqfast.cli.options import OnDevice, pick_device
+from vqfast.cli.options import OnDevice, check_out, pick_device
 from vqfast.cli.sheets import spread
 from vqfast.cli.sizes import halvings, mults_for
 from vqfast.cli.timed import TimedComparison
@@ -37,7 +37,7 @@ from vqfast.evaluate.global_context import (
 from vqfast.models.autoencoder import Autoencoder
 from vqfast.models.raster_gpt import RasterGPT
 from vqfast.models.vqddm import VQDDM, VQDDMConfig
-from vqfast.train import TrainConfig, check_new, create_run, load_autoencoder
+from vqfast.train import TrainConfig, create_run, load_autoencoder
 from vqfast.train.runs import write_json
 
 SHOWN = 16
@@ -91,7 +91,7 @@ class CompareVQDDM(TimedComparison, OnDevice):
     """Of weights, order of images, masks and noise."""
 
     def execute(self) -> None:
-        check_new(self.out)
+        check_out(self.out)
         self.check(seeds=1, held_out=2, resamples=2)
         if not self.steps or not all(1 <= steps <= self.timesteps for steps in self.steps):
             raise DataError(f"--steps: expected numbers in 1..{self.timesteps} (--timesteps), got {self.steps}")

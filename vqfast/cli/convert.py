@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from torch import nn
-from tyro.conf import Positional, subcommand
+from tyro.conf import Positional
 
+from vqfast.cli.options import check_out
 from vqfast.cli.training import AUTOENCODER, copy_autoencoder
 from vqfast.models.converters import (
     dqvae_config,
@@ -22,7 +23,7 @@ from vqfast.models.dqvae import DQVAE
 from vqfast.models.registry import kind_of
 from vqfast.models.vqddm import VQDDM
 from vqfast.models.vqgan import VQGAN
-from vqfast.train import RunError, check_new, create_run, load_autoencoder
+from vqfast.train import RunError, create_run, load_autoencoder
 from vqfast.train.checkpoint import newest_checkpoint, save_checkpoint
 from vqfast.train.foreign import read_weights
 
@@ -39,7 +40,7 @@ class ConvertTaming:
     """Side in pixels of the images that it was trained on; the file does not tell."""
 
     def execute(self) -> None:
-        check_new(self.out)
+        check_out(self.out)
         with _blaming(self.checkpoint):
             weights = read_weights(self.checkpoint)
             model = VQGAN(vqgan_config(weights, self.image_size))
@@ -63,7 +64,7 @@ class ConvertVQDDM:
     """x0 for CelebA and LSUN; residual for ImageNet, whose network predicts the noise. The file does not tell."""
 
     def execute(self) -> None:
-        check_new(self.out)
+        check_out(self.out)
         autoencoder = load_autoencoder(self.autoencoder).config
         with _blaming(self.checkpoint):
             weights = read_weights(self.checkpoint)
@@ -90,7 +91,7 @@ class ConvertDQVAE:
     """Folder of the run; made, and never overwritten."""
 
     def execute(self) -> None:
-        check_new(self.out)
+        check_out(self.out)
         with _blaming(self.checkpoint):
             weights = read_weights(self.checkpoint)
             model = DQVAE(dqvae_config(weights))
@@ -99,20 +100,6 @@ class ConvertDQVAE:
         c = model.config
         cells, most = c.grid_size**2, c.fine_grid_size**2
         print(f"{self.out}: a DQ-VAE of {c.codebook_size} codes, {cells} to {most} of them for {c.image_size} pixels")
-
-
-@dataclass
-class Convert:
-    """Make a run of a checkpoint of released code. Only tensors are read from it."""
-
-    kind: (
-        Annotated[ConvertTaming, subcommand("taming")]
-        | Annotated[ConvertVQDDM, subcommand("vqddm")]
-        | Annotated[ConvertDQVAE, subcommand("dqvae")]
-    )
-
-    def execute(self) -> None:
-        self.kind.execute()
 
 
 @contextmanager

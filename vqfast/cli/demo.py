@@ -12,13 +12,14 @@ import torch
 
 from vqfast.cli import run_command
 from vqfast.cli.encoding import encode
+from vqfast.cli.options import check_out
 from vqfast.cli.sheets import COLUMNS
 from vqfast.data import open_dataset
 from vqfast.evaluate.classes import Reader
 from vqfast.evaluate.codes import copied
 from vqfast.evaluate.figures import Panel, save_curves, save_grid
 from vqfast.evaluate.report import Figure, Picture, table, write_report
-from vqfast.train import RunError, check_new, create_run, load_model, open_run
+from vqfast.train import RunError, create_run, load_model, open_run
 from vqfast.train.metrics import METRICS_FILE
 from vqfast.train.runs import RUN_FILE, read_json, write_json
 
@@ -76,7 +77,7 @@ class Demo:
             if not self.overwrite:
                 raise RunError(f"{self.out}: holds an earlier demo; add --overwrite to replace it")
             shutil.rmtree(earlier)
-        check_new(self.out)
+        check_out(self.out)
         create_run(self.out, "demo", {"seed": self.seed})
         commands = self._commands()
         for number, command in enumerate(commands, 1):

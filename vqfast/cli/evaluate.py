@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 
 from vqfast.cli.encoding import describe, images_for, labels_of
 from vqfast.cli.generators import GENERATORS, DynamicDecoding, load_generator, same_classes
-from vqfast.cli.options import OfImages, OnDevice, VaryingLength
+from vqfast.cli.options import OfImages, OnDevice, VaryingLength, check_out
 from vqfast.cli.perceptual import load_lpips
 from vqfast.cli.settings import plain
 from vqfast.data import ImageBatches, ImageData
@@ -19,7 +19,7 @@ from vqfast.evaluate.evaluation import Judges, evaluate_likelihood, evaluate_rec
 from vqfast.evaluate.features import Extractor, InceptionFeatures, TimmFeatures, TorchScriptFeatures
 from vqfast.evaluate.report import figure_table
 from vqfast.models.registry import kind_of
-from vqfast.train import RunError, check_new, create_run, load_model, open_run
+from vqfast.train import RunError, create_run, load_model, open_run
 from vqfast.train.runs import write_json
 
 # Figure -> (name in the table, format).
@@ -104,7 +104,7 @@ class Evaluate(VaryingLength, DynamicDecoding, OnDevice, OfImages):
                 raise RunError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
         processes = PartialState(cpu=self.device == "cpu")
         if processes.is_main_process:
-            check_new(self.out)
+            check_out(self.out)
         judges = Judges(
             self._extractor(processes.device),
             _on(load_lpips(self.lpips), processes.device),

@@ -10,10 +10,10 @@ from tyro.conf import Positional, arg
 from vqfast.cli.encoding import BATCH, decode, describe, images_for, labels_at
 from vqfast.cli.generators import Decoding, load_generator, noise, same_classes
 from vqfast.cli.masks import codes_around, hidden_cells, hidden_pixels
-from vqfast.cli.options import OfImages, OnDevice, pick_device
+from vqfast.cli.options import OfImages, OnDevice, check_out, pick_device
 from vqfast.cli.sheets import save_versions, spread
 from vqfast.evaluate.figures import hide
-from vqfast.train import RunError, check_new, create_run
+from vqfast.train import RunError, create_run
 
 
 @dataclass(kw_only=True)
@@ -37,7 +37,7 @@ class Inpaint(Decoding, OnDevice, OfImages):
     """Do not tell the model the images' classes."""
 
     def execute(self) -> None:
-        check_new(self.out)
+        check_out(self.out)
         if self.variations < 1:
             raise RunError(f"--variations: expected at least 1, got {self.variations}")
         device = pick_device(self.device)

@@ -9,10 +9,10 @@ from tyro.conf import Positional, arg
 
 from vqfast.cli.encoding import BATCH, codes_of, decode, describe, images_for, labels_at
 from vqfast.cli.generators import Sampling, load_generator, noise, same_classes, settings_of
-from vqfast.cli.options import OfImages, OnDevice, pick_device
+from vqfast.cli.options import OfImages, OnDevice, check_out, pick_device
 from vqfast.cli.sheets import spread
 from vqfast.evaluate.figures import save_grid
-from vqfast.train import RunError, check_new, create_run
+from vqfast.train import RunError, create_run
 
 
 @dataclass(kw_only=True)
@@ -33,7 +33,7 @@ class Interpolate(Sampling, OnDevice, OfImages):
     """Do not tell the model classes: that of the nearer image of the pair."""
 
     def execute(self) -> None:
-        check_new(self.out)
+        check_out(self.out)
         for name in ("n", "frames"):
             if getattr(self, name) < 1:
                 raise RunError(f"--{name}: expected at least 1, got {getattr(self, name)}")

@@ -1,5 +1,6 @@
 """Options that several commands have: the same words for the same thing everywhere."""
 
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -7,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from tyro.conf import Positional
 
-from vqfast.train import RunError, TrainConfig
+from vqfast.train import RunError, TrainConfig, check_new
 
 
 @dataclass(kw_only=True)
@@ -73,6 +74,20 @@ class VaryingLength:
         if given and kind != "dqvae":
             raise RunError(f"--target-codes, --target-error: need a DQ-VAE, {run} is a {kind}")
         return given
+
+
+def check_out(out: Path) -> None:
+    """Make sure, before any work is done, that a folder for results can be made there; the disk is not touched.
+
+    Raises:
+        RunError: the path is taken, or lies below a file, or in a folder that cannot be written.
+    """
+    check_new(out)
+    above = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not above.is_dir():
+        raise RunError(f"{out}: cannot be made: {above} is not a folder")
+    if not os.access(above, os.W_OK):
+        raise RunError(f"{out}: cannot be made: {above} may not be written")
 
 
 def config_from(command: Any, config_class: type, **others: Any) -> Any:

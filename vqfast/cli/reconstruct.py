@@ -11,14 +11,14 @@ from tyro.conf import Positional, arg
 
 from vqfast.cli.encoding import describe, images_for
 from vqfast.cli.generators import load_autoencoder_of
-from vqfast.cli.options import OfImages, OnDevice, VaryingLength, pick_device
+from vqfast.cli.options import OfImages, OnDevice, VaryingLength, check_out, pick_device
 from vqfast.cli.sheets import save_versions, spread
 from vqfast.data import ImageBatches, to_uint8
 from vqfast.evaluate.evaluation import Judges, evaluate_reconstruction
 from vqfast.evaluate.figures import draw_grains
 from vqfast.models.dqvae import DynamicCodes
 from vqfast.models.registry import kind_of
-from vqfast.train import check_new, create_run
+from vqfast.train import create_run
 from vqfast.train.runs import write_json
 
 
@@ -34,7 +34,7 @@ class Reconstruct(VaryingLength, OnDevice, OfImages):
     """How many to show; all of the split are measured."""
 
     def execute(self) -> None:
-        check_new(self.out)
+        check_out(self.out)
         autoencoder = load_autoencoder_of(self.run, pick_device(self.device))
         targets = self.targets(self.run, kind_of(autoencoder))
         data = images_for(self.data, autoencoder)

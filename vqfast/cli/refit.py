@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from tyro.conf import Positional
 
 from vqfast.cli.encoding import describe, encode, images_for
-from vqfast.cli.options import OfImages, OnDevice, Training, pick_device
+from vqfast.cli.options import OfImages, OnDevice, Training, check_out, pick_device
 from vqfast.cli.perceptual import load_lpips
 from vqfast.cli.training import checksum, start, train_on_images
 from vqfast.data import ImageBatches, ImageData
@@ -19,7 +19,7 @@ from vqfast.models.autoencoder import Autoencoder
 from vqfast.models.refit import GENERATOR_WEIGHT, collect_vectors, prune_codebook, rebuild_codebook
 from vqfast.models.registry import kind_of
 from vqfast.models.vqgan import VQGAN
-from vqfast.train import RunError, TrainConfig, check_new, create_run, load_autoencoder
+from vqfast.train import RunError, TrainConfig, create_run, load_autoencoder
 from vqfast.train.checkpoint import newest_checkpoint, save_checkpoint
 from vqfast.train.runs import write_json
 
@@ -101,7 +101,7 @@ class Prune(OnDevice, OfImages):
     split: Literal["train", "held-out", "all"] = "all"
 
     def execute(self) -> None:
-        check_new(self.out)
+        check_out(self.out)
         model = load_autoencoder(self.run, pick_device(self.device))
         data = images_for(self.data, model)
         codes = encode(model, data, self.split)

@@ -7,10 +7,11 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from vqfast.cli.options import check_out
 from vqfast.cli.settings import CONFIG_FILE
 from vqfast.evaluate.figures import Panel, save_curves
 from vqfast.evaluate.report import Picture, write_run_report
-from vqfast.train import RunError, check_new, open_run
+from vqfast.train import RunError, open_run
 from vqfast.train.checkpoint import checkpoint_of, model_from, saved_checkpoints
 from vqfast.train.evaluation import HELD_OUT
 from vqfast.train.metrics import METRICS_FILE, read_metrics
@@ -32,7 +33,7 @@ class Runs:
 
     def execute(self) -> None:
         if not self.folder.is_dir():
-            raise RunError(f"{self.folder}: no such folder")
+            raise RunError(f"{self.folder}: {'not a folder' if self.folder.exists() else 'no such folder'}")
         found = sorted(path.parent for path in self.folder.rglob(RUN_FILE))
         # A run may hold a copy of another that it needs.
         own = [run for run in found if not any(parent in found for parent in run.parents)]
@@ -57,12 +58,14 @@ class Report:
 
     def execute(self) -> None:
         run = open_run(self.run)
-        records = read_metrics(run.path)
+        records = _records(run.path)
         if not records:
             raise RunError(f"{run.path}: holds no metrics yet (it is a {run.kind} run)")
         page = self.out or run.path / "report.html"
         if self.out is not None and self.out.exists():
             raise RunError(f"{self.out}: exists; choose another --out")
+        if not page.parent.is_dir():
+            raise RunError(f"{page.parent}: no such folder")
         with tempfile.TemporaryDirectory() as folder:
             curves = _curves(run, records, Path(folder))
             pictures = _pictures(run)
@@ -94,7 +97,7 @@ class Share:
     def execute(self) -> None:
         from vqfast.train.hub import Pretrained
 
-        check_new(self.out)
+        check_out(self.out)
         run = open_run(self.run)
         found = checkpoint_of(run, self.checkpoint)
         records = [record for record in read_metrics(run.path) if record["step"] == found.step]
@@ -105,6 +108,13 @@ class Share:
         if self.push:
             shared.push_to_hub(self.push)
         print(f"{self.out}: {found.kind} of step {found.step}")
+
+
+def _records(run: Path) -> list[dict[str, float]]:
+    try:
+        return read_metrics(run)
+    except ValueError as error:
+        raise RunError(f"{run / METRICS_FILE}: not readable: {error}") from error
 
 
 def _kind(run: Path) -> str:
@@ -118,7 +128,7 @@ def _row(path: Path) -> tuple[str, ...]:
     try:
         run = open_run(path)
         progress = read_progress(path)
-        losses = [record["loss"] for record in read_metrics(path) if "loss" in record]
+        losses = [record["loss"] for record in _records(path) if "loss" in record]
     except (ValueError, KeyError) as error:
         return str(path), "?", f"unreadable: {error}", "", "", ""
     state, step = _state(run)

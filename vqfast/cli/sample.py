@@ -9,10 +9,10 @@ from tyro.conf import arg
 
 from vqfast.cli.encoding import BATCH, decode
 from vqfast.cli.generators import DynamicDecoding, choose_labels, load_generator, noise, settings_of
-from vqfast.cli.options import OfRun, OnDevice, pick_device
+from vqfast.cli.options import OfRun, OnDevice, check_out, pick_device
 from vqfast.cli.sheets import rows_of
 from vqfast.evaluate.figures import save_grid
-from vqfast.train import RunError, check_new, create_run
+from vqfast.train import RunError, create_run
 
 
 @dataclass(kw_only=True)
@@ -30,7 +30,7 @@ class Sample(DynamicDecoding, OnDevice, OfRun):
     own size. Default: its own grid."""
 
     def execute(self) -> None:
-        check_new(self.out)
+        check_out(self.out)
         if self.n < 1:
             raise RunError(f"--n: expected at least 1, got {self.n}")
         device = pick_device(self.device)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from vqfast.cli.encoding import describe, images_for
 from vqfast.cli.latents import latents
-from vqfast.cli.options import Training
+from vqfast.cli.options import Training, check_out
 from vqfast.cli.settings import write_settings
 from vqfast.data import ImageBatches, ImageData
 from vqfast.models.registry import kind_of
-from vqfast.train import RunError, check_new, create_run, load_autoencoder, load_model, open_run, train
+from vqfast.train import Run, RunError, create_run, load_autoencoder, load_model, open_run, train
 from vqfast.train.checkpoint import INDEX, WEIGHTS, newest_checkpoint, resumable_checkpoint
 from vqfast.train.config import FREE_ON_RESUME
 from vqfast.train.progress import check_idle
@@ -39,18 +39,21 @@ def start(command: Training) -> PartialState:
     """The processes of a training command, once nothing is in the way of its run; the disk is not touched.
 
     Raises:
-        RunError: --out is taken, or not a run to resume, or in training already.
+        RunError: --out is taken, or not a run that can be resumed, or in training already.
     """
     processes = PartialState(cpu=command.training.device == "cpu")
     if processes.is_main_process and not command.resume:
-        check_new(command.out)
+        check_out(command.out)
     if processes.is_main_process and command.resume:
-        check_idle(open_run(command.out).path)
+        run = open_run(command.out)
+        check_idle(run.path)
+        _check_same(run, "training", asdict(command.training))
+        resumable_checkpoint(run.path, run.kind, say=lambda text: None)
     return processes
 
 
 def begin(command: Training, kind: str, info: dict[str, Any], processes: PartialState) -> None:
-    """Make the run, or make sure that the one to resume was started with the same settings and can be resumed.
+    """Make the run, or make sure that the one to resume was started with the same settings.
 
     Args:
         command: of the training.
@@ -59,9 +62,9 @@ def begin(command: Training, kind: str, info: dict[str, Any], processes: Partial
     """
     if processes.is_main_process:
         if command.resume:
-            _check_same(command.out, kind, info)
-            resumable_checkpoint(command.out, kind, say=lambda text: None)
             run = open_run(command.out, kind)
+            for section, settings in info.items():
+                _check_same(run, section, settings)
             write_json(run.path / RUN_FILE, {"kind": kind} | run.info | info)
         else:
             create_run(command.out, kind, info)
@@ -91,8 +94,6 @@ def train_on_images(
     Returns:
         The model to use, in eval mode.
     """
-    if getattr(model, "has_perceptual_loss", True) is False:
-        processes.print("no perceptual loss: --lpips names no weights of it")
     size, seed = model.config.image_size, command.training.seed
     crops = data.image_size[0] != size
     info = {
@@ -103,6 +104,8 @@ def train_on_images(
         "training": asdict(command.training),
     }
     begin(command, kind_of(model), info | (settings or {}), processes)
+    if getattr(model, "has_perceptual_loss", True) is False:
+        processes.print("no perceptual loss: --lpips names no weights of it")
     images = ImageBatches(data, crop=size, augment=crops or flip, flip=flip, seed=seed)
     held_out = ImageBatches(data, "held-out", crop=size) if data.held_out.any() else None
     model = train(model, images, command.training, command.out, held_out=held_out, resume=command.resume)
@@ -174,12 +177,11 @@ def _say_trained(command: Training, model: nn.Module, examples: str, processes: 
     processes.print(f"{command.out}: trained a {name} for {steps} steps on {examples}")
 
 
-def _check_same(out: Path, kind: str, info: dict[str, Any]) -> None:
-    run = open_run(out, kind)
-    for section, settings in info.items():
-        for name, value in settings.items():
-            free = section == "training" and name in FREE_ON_RESUME
-            before = run.info.get(section, {}).get(name)
-            # Through JSON, as the recorded value came.
-            if not free and before != (list(value) if isinstance(value, tuple) else value):
-                raise RunError(f"{out}: was started with {section} {name} = {before}, now it is {value}")
+def _check_same(run: Run, section: str, settings: dict[str, Any]) -> None:
+    """Raises RunError where a section of a run's run.json is of other settings."""
+    for name, value in settings.items():
+        free = section == "training" and name in FREE_ON_RESUME
+        before = run.info.get(section, {}).get(name)
+        # Through JSON, as the recorded value came.
+        if not free and before != (list(value) if isinstance(value, tuple) else value):
+            raise RunError(f"{run.path}: was started with {section} {name} = {before}, now it is {value}")

@@ -12,14 +12,14 @@ from tyro.conf import Positional
 from vqfast.cli.encoding import describe, encode, images_for
 from vqfast.cli.options import OfImages, OnDevice, Training, check_out, pick_device
 from vqfast.cli.perceptual import load_lpips
-from vqfast.cli.training import checksum, start, train_on_images
+from vqfast.cli.training import check_same, checksum, start, train_on_images
 from vqfast.data import ImageBatches, ImageData
 from vqfast.evaluate.evaluation import Judges, evaluate_reconstruction
 from vqfast.models.autoencoder import Autoencoder
 from vqfast.models.refit import GENERATOR_WEIGHT, collect_vectors, prune_codebook, rebuild_codebook
 from vqfast.models.registry import kind_of
 from vqfast.models.vqgan import VQGAN
-from vqfast.train import RunError, TrainConfig, create_run, load_autoencoder
+from vqfast.train import RunError, TrainConfig, create_run, load_autoencoder, open_run
 from vqfast.train.checkpoint import newest_checkpoint, save_checkpoint
 from vqfast.train.runs import write_json
 
@@ -53,6 +53,8 @@ class Refit(Training):
 
     def execute(self) -> None:
         processes = start(self)
+        if self.resume:  # before all that leads to the training is done anew
+            check_same(open_run(self.out), "training", asdict(self.training))
         perceptual = load_lpips(self.lpips)
         model = load_autoencoder(self.run, pick_device(self.training.device))
         data = images_for(self.data, model)

@@ -47,7 +47,6 @@ def start(command: Training) -> PartialState:
     if processes.is_main_process and command.resume:
         run = open_run(command.out)
         check_idle(run.path)
-        _check_same(run, "training", asdict(command.training))
         resumable_checkpoint(run.path, run.kind, say=lambda text: None)
     return processes
 
@@ -64,7 +63,7 @@ def begin(command: Training, kind: str, info: dict[str, Any], processes: Partial
         if command.resume:
             run = open_run(command.out, kind)
             for section, settings in info.items():
-                _check_same(run, section, settings)
+                check_same(run, section, settings)
             write_json(run.path / RUN_FILE, {"kind": kind} | run.info | info)
         else:
             create_run(command.out, kind, info)
@@ -177,7 +176,7 @@ def _say_trained(command: Training, model: nn.Module, examples: str, processes: 
     processes.print(f"{command.out}: trained a {name} for {steps} steps on {examples}")
 
 
-def _check_same(run: Run, section: str, settings: dict[str, Any]) -> None:
+def check_same(run: Run, section: str, settings: dict[str, Any]) -> None:
     """Raises RunError where a section of a run's run.json is of other settings."""
     for name, value in settings.items():
         free = section == "training" and name in FREE_ON_RESUME

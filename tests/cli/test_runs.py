@@ -1,11 +1,13 @@
 """What looking at runs promises: a list with states, a page with curves and pictures, a folder to share."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 
+from tests.cli.conftest import TRAININGS
 from vqfast.cli import main
 from vqfast.train import RunError, load_model
 from vqfast.train.hub import Pretrained, from_pretrained
@@ -44,6 +46,29 @@ def test_a_report_is_one_page(trained, tmp_path):
     for text in ("finished", "4 of 4", "held_out/loss", "codebook_size: 16", "Step 4"):
         assert text in page, text
     assert run(f"report {trained}/vqvae --out {tmp_path}/page.html") == 2, "a page is not overwritten unasked"
+
+
+@pytest.mark.parametrize("kind", ["vqvae", "vqgan", "dqvae", "refit", "vqddm", "raster_gpt", "dq_transformer"])
+def test_every_kind_of_training_has_a_report(runs, tmp_path, kind):
+    assert run(f"report {runs}/{kind} --out {tmp_path}/page.html") == 0
+    page = (tmp_path / "page.html").read_text()
+    titles = re.findall("<h2>(.*?)</h2>", page)
+    assert titles[0] == "State" and "Curves" in titles and "Step 2" in titles and titles[-1] == "Settings"
+    assert ("Codebook" in titles) == (kind in ("vqvae", "vqgan", "dqvae", "refit"))
+    assert "perceptual" not in "".join(re.findall("<h2>Curves</h2><p>(.*?)</p>", page)), "0 throughout: not drawn"
+
+
+def test_tensorboard_has_grain_maps_and_the_use_of_codes(images, runs, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    grained = {"dqvae": {"grains"}, "dq_transformer": {"held out, grains", "samples, grains"}}
+    for kind, names in grained.items():
+        options = TRAININGS[f"train {kind}"].format(runs=runs, images=images).replace("--no-tensorboard", "")
+        assert run(f"train {kind} {options} --out {tmp_path}/{kind}") == 0
+        written = EventAccumulator(str(tmp_path / kind / "tensorboard")).Reload()
+        assert names <= {tag.replace("_", " ") for tag in written.Tags()["images"]}, written.Tags()
+        assert written.Tags()["histograms"] == (["codebook"] if kind == "dqvae" else [])
 
 
 def test_a_shared_model_comes_back(trained, tmp_path):

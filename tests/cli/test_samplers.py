@@ -39,7 +39,7 @@ def sample(runs, tmp_path):
         ("--schedule cosine_released", "uniform", "cosine_released"),
         ("--transition absorbing --schedule linear", "absorbing", "linear"),
         ("--transition mask_and_replace --mask-share 0.5", "mask_and_replace", "cosine"),
-        ("--transition mask_and_replace --schedule vq_diffusion", "mask_and_replace", "vq_diffusion"),
+        ("--transition mask_and_replace --schedule vq_diffusion --rule marginal", "mask_and_replace", "vq_diffusion"),
     ],
 )
 def test_every_family_of_noise_is_trained(runs, images, tmp_path, options, transition, schedule):
@@ -49,6 +49,7 @@ def test_every_family_of_noise_is_trained(runs, images, tmp_path, options, trans
     assert run(f"train vqddm {common} {tiny} {options}") == 0
     config = load_model(tmp_path / "run", "vqddm").config
     assert (config.transition, config.schedule) == (transition, schedule)
+    assert config.rule == ("marginal" if "--rule" in options else "joint")
     assert config.mask_share == (0.5 if "--mask-share" in options else 0.9)
     assert run(f"sample {tmp_path}/run -n 2 --steps 2 --out {tmp_path}/out --device cpu") == 0
 

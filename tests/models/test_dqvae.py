@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from vqfast.models.converters.dqvae import dqvae_config, dqvae_state_dict
-from vqfast.models.dqvae import DQVAE, DQVAEConfig
+from vqfast.models.dqvae import DQVAE, DQVAEConfig, grain_pictures
 from vqfast.nn.routers import code_lengths, counts_for_codes, repeat_cells, select_grains, straight_through_gate
 from vqfast.nn.vector_quantize import VectorQuantize
 from vqfast.ops import grain_budget_loss, pack
@@ -412,3 +412,11 @@ def test_targets_that_do_not_fit_are_named(targets, message):
 def test_the_configuration_survives_json():
     config = DQVAEConfig(**TRIPLE, decoder_mults=(1, 1, 1, 2), entropy_thresholds=(1.0, 2.0))
     assert DQVAEConfig(**json.loads(json.dumps(asdict(config)))) == config
+
+
+def test_grain_pictures_are_light_where_codes_are_fine():
+    grains = torch.tensor([[[0, 1], [2, 0]]])
+    pictures = grain_pictures(grains, num_grains=3, image_size=4)
+    assert pictures.shape == (1, 1, 4, 4)
+    assert pictures[0, 0, ::2, ::2].tolist() == [[-1, 0], [1, -1]]
+    assert torch.equal(pictures[..., ::2, ::2], pictures[..., 1::2, 1::2])

@@ -101,3 +101,39 @@ def test_uniform_noise_has_the_published_number_of_parameters():
 def test_what_does_not_fit_is_named(options, words):
     with pytest.raises(ValueError, match=words):
         VQDDMConfig(codebook_size=K, grid=(2, 2), **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_draws_larger_grids_through_windows(family):
+    torch.manual_seed(0)
+    model = VQDDM(config(family))
+    assert model.sample(3, steps=3, grid=(3, 5), generator=seeded()).shape == (3, 3, 5)
+    own, same = (model.sample(3, steps=3, grid=grid, generator=seeded()) for grid in (None, (2, 2)))
+    assert torch.equal(own, same)
+    with pytest.raises(ValueError, match=r"grid: expected at least the model's, \(2, 2\), got \(1, 4\)"):
+        model.sample(1, grid=(1, 4))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_interpolates_between_two_grids(family):
+    torch.manual_seed(0)
+    model = VQDDM(config(family))
+    first, second = torch.randint(K, (2, 6, 2, 2), generator=seeded())
+    between = model.interpolate(first, second, level=T // 2, weight=0.5, generator=seeded())
+    assert between.shape == (6, 2, 2) and 0 <= between.min() and between.max() < K
+    with pytest.raises(ValueError, match="level: expected a noise level in 1..12"):
+        model.interpolate(first, second, level=T + 1)
+
+
+def test_confidence_is_for_noise_that_hides():
+    torch.manual_seed(0)
+    model = VQDDM(config("absorbing"))
+    drawn = model.sample(5, decoding="confidence", generator=seeded())
+    assert drawn.shape == (5, 2, 2) and drawn.max() < K
+    codes, mask = torch.randint(K, (5, 2, 2), generator=seeded()), torch.tensor([[True, False], [True, True]])
+    completed = model.inpaint(codes, mask, decoding="confidence", steps=3, generator=seeded())
+    assert torch.equal(completed[:, ~mask], codes[:, ~mask]) and completed.max() < K
+    with pytest.raises(ValueError, match="decoding: 'confidence' needs the transition 'absorbing', this model has"):
+        VQDDM(config("uniform")).sample(1, decoding="confidence")
+    with pytest.raises(ValueError, match="decoding: expected one of chain, confidence, got 'beam'"):
+        model.sample(1, decoding="beam")

@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 from vqfast.cli.encoding import describe, images_for
 from vqfast.cli.generators import load_autoencoder_of
 from vqfast.cli.options import OfImages, OnDevice, VaryingLength, check_out, pick_device
-from vqfast.cli.sheets import save_versions, spread
+from vqfast.cli.sheets import COLUMNS, save_versions, spread
 from vqfast.data import ImageBatches, to_uint8
 from vqfast.evaluate.evaluation import Judges, evaluate_reconstruction
 from vqfast.evaluate.figures import draw_grains
@@ -49,7 +49,10 @@ class Reconstruct(VaryingLength, OnDevice, OfImages):
         count, psnr = f"{figures['codes_mean']:.0f} codes each", f"PSNR {figures['psnr_db']:.2f} dB"
         used = f"{figures['codebook_usage']:.1%} of {figures['codebook_size']} codes used"
         subtitle = f"{len(images)} {self.split} images, {count}: {psnr}, SSIM {figures['ssim']:.3f}, {used}"
-        save_versions(out / "reconstruction.png", versions, title="Reconstruction", subtitle=subtitle)
+        # Room for the outlines of codes.
+        columns = COLUMNS // 2 if "codes" in versions else COLUMNS
+        path = out / "reconstruction.png"
+        save_versions(path, versions, title="Reconstruction", subtitle=subtitle, columns=columns)
         print(f"{out}: {count}, {psnr}, {used}")
 
 

@@ -9,18 +9,18 @@ from tyro.conf import Positional
 
 from vqfast.cli.options import check_out
 from vqfast.cli.settings import CONFIG_FILE
-from vqfast.evaluate.figures import Panel, save_curves
+from vqfast.evaluate.figures import Panel, save_curves, save_usage
 from vqfast.evaluate.report import Picture, write_run_report
 from vqfast.train import RunError, open_run
 from vqfast.train.checkpoint import checkpoint_of, model_from, saved_checkpoints
-from vqfast.train.evaluation import HELD_OUT
+from vqfast.train.evaluation import HELD_OUT, histograms_of
 from vqfast.train.metrics import METRICS_FILE, read_metrics
 from vqfast.train.observers import PICTURES
 from vqfast.train.progress import read_progress
 from vqfast.train.runs import RUN_FILE, Run
 
 _PANELS_A_ROW = 3
-_PANELS = 9
+_PANELS = 12
 _NOT_DRAWN = ("step", "lr", "images_per_s", "gpu_memory_gb")
 
 
@@ -68,6 +68,7 @@ class Report:
             raise RunError(f"{page.parent}: no such folder")
         with tempfile.TemporaryDirectory() as folder:
             curves = _curves(run, records, Path(folder))
+            curves += _codebook(run, Path(folder))
             pictures = _pictures(run)
             settings = run.path / CONFIG_FILE
             write_run_report(
@@ -158,7 +159,9 @@ def _facts(run: Run, records: list[dict[str, float]]) -> dict[str, str]:
 def _curves(run: Run, records: list[dict[str, float]], folder: Path) -> list[Picture]:
     """Panels of every scalar that training batches give, a few to a picture."""
     names = [name for name in dict.fromkeys(name for record in records for name in record) if name not in _NOT_DRAWN]
-    names = [name for name in names if not name.startswith(HELD_OUT)][:_PANELS]
+    names = [name for name in names if not name.startswith(HELD_OUT)]
+    # Such as a perceptual loss that was not given: nothing to see.
+    names = [name for name in names if any(record.get(name) for record in records)][:_PANELS]
     panels = [Panel(name, run.path / METRICS_FILE, name, name) for name in names]
     pictures = []
     for first in range(0, len(panels), _PANELS_A_ROW):
@@ -167,6 +170,18 @@ def _curves(run: Run, records: list[dict[str, float]], folder: Path) -> list[Pic
         save_curves(path, part)
         pictures.append(Picture("Curves", ", ".join(panel.title for panel in part), path))
     return pictures
+
+
+def _codebook(run: Run, folder: Path) -> list[Picture]:
+    """Use of the codes, of a model that counts them in training; nothing where no checkpoint was made yet."""
+    if not saved_checkpoints(run.path):
+        return []
+    counts = histograms_of(model_from(checkpoint_of(run))).get("codebook")
+    if counts is None:
+        return []
+    path = folder / "codebook.png"
+    save_usage(path, counts.flatten().double().cpu().numpy())
+    return [Picture("Codebook", "How often training used each code of late: its moving average.", path)]
 
 
 def _pictures(run: Run) -> list[Picture]:

@@ -27,8 +27,8 @@ class CodeTraining(Training):
         """The model to train on the codes of such an autoencoder."""
         raise NotImplementedError
 
-    def draw(self, model: nn.Module, n: int, labels: Tensor | None) -> Tensor:
-        """Codes of n samples to look at during training."""
+    def draw(self, model: nn.Module, n: int, labels: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+        """Codes of n samples to look at during training, with their grains where they vary in number."""
         return model.sample(n, labels)
 
     def execute(self) -> None:

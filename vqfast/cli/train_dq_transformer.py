@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
 from vqfast.cli.options import config_from
 from vqfast.cli.train_codes import CodeTraining
 from vqfast.cli.training import DYNAMIC_AUTOENCODER
@@ -48,6 +46,3 @@ class TrainDQTransformer(CodeTraining):
             num_classes=num_classes,
         )
         return DQTransformer(config)
-
-    def draw(self, model: DQTransformer, n: int, labels: Tensor | None) -> Tensor:
-        return model.sample(n, labels)[0]

@@ -42,6 +42,8 @@ class TrainVQDDM(CodeTraining):
     """How the noise grows with the level. vq_diffusion: of mask_and_replace, as that paper's code has it."""
     mask_share: float = 0.9
     """mask_and_replace: share of the noise that hides."""
+    rule: Literal["joint", "marginal"] = "joint"
+    """Of the reverse step, in training and sampling: D3PM's and multinomial diffusion's, or VQ-Diffusion's."""
     aux_weight: float = 0.0
     """Weight of the cross-entropy of the clean codes beside the variational bound."""
     training: TrainConfig = field(default_factory=lambda: TrainConfig(ema_decay=0.999))

@@ -15,6 +15,7 @@ from vqfast.cli.latents import latents
 from vqfast.cli.options import Training, check_out
 from vqfast.cli.settings import write_settings
 from vqfast.data import ImageBatches, ImageData
+from vqfast.models.dqvae import DynamicCodes, grain_pictures
 from vqfast.models.registry import kind_of
 from vqfast.train import Run, RunError, create_run, load_autoencoder, load_model, open_run, train
 from vqfast.train.checkpoint import INDEX, WEIGHTS, newest_checkpoint, resumable_checkpoint
@@ -144,7 +145,15 @@ def train_on_codes(command: Training, processes: PartialState) -> nn.Module:
     def pictures(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Held-out images as their codes show them, and as many samples of the same classes."""
         drawn = command.draw(model, len(batch["codes"]), batch.get("label") if conditional else None)
-        return {"held out": autoencoder.decode_codes(batch["codes"]), "samples": autoencoder.decode_codes(drawn)}
+        given = (batch["codes"], batch["grains"]) if dynamic else batch["codes"]
+        shown = {}
+        for name, codes in (("held out", given), ("samples", drawn)):
+            if dynamic:
+                codes = DynamicCodes(*codes)
+                c = autoencoder.config
+                shown[f"{name}, grains"] = grain_pictures(codes.grains, c.grains, c.image_size)
+            shown[name] = autoencoder.decode_codes(codes)
+        return shown
 
     settings, out = command.training, command.out
     model = train(model, codes, settings, out, held_out=held_out, resume=command.resume, pictures=pictures)

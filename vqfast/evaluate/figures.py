@@ -155,7 +155,8 @@ def save_curves(path: Path, panels: Sequence[Panel]) -> None:
         axis.set_yscale("log" if panel.log else "linear")
         seen = middle
         steps, values = _points(records, f"held_out/{panel.scalar}")
-        if len(steps):
+        # What only training knows, such as the weight of the discriminator, is 0 in the look at held-out images.
+        if values.any():
             axis.plot(steps, values, "o--", color="C1", linewidth=1.4, markersize=4, label="held out")
             seen = np.concatenate([middle, values])
         low, high = seen.min(), seen.max()
@@ -165,6 +166,31 @@ def save_curves(path: Path, panels: Sequence[Panel]) -> None:
         axis.grid(alpha=0.25, which="both")
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def save_usage(path: Path, counts: np.ndarray) -> None:
+    """How evenly a codebook is used: the share of each code, the most used first, beside even use.
+
+    Args:
+        path: PNG file to write.
+        counts: (K,) how often each code is used, at least 0.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shares = np.sort(counts)[::-1] / max(counts.sum(), 1e-12)
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.stairs(shares, np.arange(len(shares) + 1), fill=True, color="C0", alpha=0.75, label="share of each code")
+    axis.axhline(1 / len(shares), color="C1", linestyle="--", linewidth=1.4, label="even use")
+    axis.set(
+        title="Codebook", xlabel="code, the most used first", ylabel="share", xlim=(0, len(shares)), ylim=(0, None)
+    )
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
     figure.savefig(path, dpi=130)
 
 

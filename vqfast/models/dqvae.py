@@ -148,6 +148,13 @@ class DynamicCodes(NamedTuple):
         return code_lengths(self.grains)
 
 
+def grain_pictures(grains: Tensor, num_grains: int, image_size: int) -> Tensor:
+    """Grain maps (B, Hc, Wc) as pictures (B, 1, S, S), from -1 where codes are coarsest to 1 where they are finest."""
+    side = image_size // grains.shape[1]
+    shade = 2 * grains.float() / max(num_grains - 1, 1) - 1
+    return shade.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None]
+
+
 class DQVAE(Adversarial):
     """Encoder, router, codebook kept by moving averages, decoder, and the discriminator that they are trained against.
 
@@ -237,6 +244,20 @@ class DQVAE(Adversarial):
     def reconstruct(self, images: Tensor, **targets) -> Tensor:
         """Images through the codes and back: (B, C, H, W). Targets as in `encode`."""
         return self.decode_codes(self.encode(images, **targets))
+
+    @torch.no_grad()
+    def evaluation_pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Images of a batch, where their codes are, and what is left of them: each (B, C or 1, H, W)."""
+        codes = self.encode(batch["image"])
+        return {
+            "image": batch["image"],
+            "grains": grain_pictures(codes.grains, self.config.grains, self.config.image_size),
+            "reconstruction": self.decode_codes(codes),
+        }
+
+    def histograms(self) -> dict[str, Tensor]:
+        """Moving-average count of each code, (K,), under "codebook"."""
+        return {"codebook": self.quantizer.cluster_size}
 
     def quantize(self, selected: Tensor, grains: Tensor, freeze_codebook: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Quantise features in packed space, so that a coarse code is searched, counted and paid for once.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tyro.conf import Positional, arg
 
 from vqfast.cli.encoding import describe, images_for, labels_of
-from vqfast.cli.generators import GENERATORS, DynamicDecoding, load_generator, same_classes
+from vqfast.cli.generators import GENERATORS, DynamicDecoding, load_autoencoder_of, load_generator, same_classes
 from vqfast.cli.options import OfImages, OnDevice, VaryingLength, check_out
 from vqfast.cli.perceptual import load_lpips
 from vqfast.cli.settings import plain
@@ -19,7 +19,7 @@ from vqfast.evaluate.evaluation import Judges, evaluate_likelihood, evaluate_rec
 from vqfast.evaluate.features import Extractor, InceptionFeatures, TimmFeatures, TorchScriptFeatures
 from vqfast.evaluate.report import figure_table
 from vqfast.models.registry import kind_of
-from vqfast.train import RunError, create_run, load_model, open_run
+from vqfast.train import RunError, create_run, open_run
 from vqfast.train.runs import write_json
 
 # Figure -> (name in the table, format).
@@ -52,7 +52,7 @@ FIGURES = {
 class Evaluate(VaryingLength, DynamicDecoding, OnDevice, OfImages):
     """Measure a trained model: an autoencoder by its reconstructions, a model of codes by its samples.
 
-    Several processes share the work: accelerate launch --num-processes 2 -m vqfast.cli evaluate ...
+    Several processes share the work: torchrun --nproc-per-node 2 -m vqfast.cli evaluate ...
     """
 
     run: Positional[Path]
@@ -105,6 +105,7 @@ class Evaluate(VaryingLength, DynamicDecoding, OnDevice, OfImages):
         processes = PartialState(cpu=self.device == "cpu")
         if processes.is_main_process:
             check_out(self.out)
+        kind = open_run(self.run).kind
         judges = Judges(
             self._extractor(processes.device),
             _on(load_lpips(self.lpips), processes.device),
@@ -113,7 +114,6 @@ class Evaluate(VaryingLength, DynamicDecoding, OnDevice, OfImages):
             self.batch_size,
             self.workers,
         )
-        kind = open_run(self.run).kind
         measure = self._generator if kind in GENERATORS else self._autoencoder
         data, figures = measure(processes.device, judges)
         if not processes.is_main_process:
@@ -126,7 +126,7 @@ class Evaluate(VaryingLength, DynamicDecoding, OnDevice, OfImages):
         print(f"{text}\n{out}: measured a {kind}")
 
     def _autoencoder(self, device: torch.device, judges: Judges) -> tuple[ImageData, dict[str, Any] | None]:
-        autoencoder = load_model(self.run, None, device, self.checkpoint)
+        autoencoder = load_autoencoder_of(self.run, device, self.checkpoint)
         targets = self.targets(self.run, kind_of(autoencoder))
         images, data = self._images(autoencoder)
         return data, evaluate_reconstruction(autoencoder, images, judges, progress=True, **targets)

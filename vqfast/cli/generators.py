@@ -103,7 +103,7 @@ def load_generator(
     return model, load_model(folder, open_run(folder).kind, device), classes
 
 
-def load_autoencoder_of(run: Path, device: torch.device) -> nn.Module:
+def load_autoencoder_of(run: Path, device: torch.device, checkpoint: Literal["last", "best"] = "last") -> nn.Module:
     """The autoencoder of a run: VQVAE, VQGAN or DQVAE, its own or that whose codes it models.
 
     Raises:
@@ -116,7 +116,7 @@ def load_autoencoder_of(run: Path, device: torch.device) -> nn.Module:
     if kind not in (*AUTOENCODERS, DYNAMIC_AUTOENCODER):
         expected = " or ".join((*AUTOENCODERS, DYNAMIC_AUTOENCODER, *GENERATORS))
         raise RunError(f"{run}: holds a {kind} run, expected a {expected} run")
-    return load_model(run, kind, device)
+    return load_model(run, kind, device, checkpoint)
 
 
 def same_classes(data: ImageData, run: Path, classes: tuple[str, ...], unconditional: bool) -> bool:

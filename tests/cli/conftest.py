@@ -1,5 +1,7 @@
 """Small runs of every kind, the images that they were trained on, and what it takes to refuse a command."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -68,21 +70,23 @@ def refused(capsys):
     def tree(folder):
         return {str(path): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
+    @functools.cache  # of a folder that no command may change: it is looked at once, and after every command
+    def first_stamps(folder):
+        return stamps(folder)
+
     def stamps(folder):
         return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
-    def state(folders, quickly):
-        return [tree(folder) for folder in folders], quickly and stamps(quickly)
-
     def run(command, *folders, quickly=None):
         """quickly: a folder whose files are compared by time and size alone."""
-        before = state(folders, quickly)
+        before, earlier = [tree(folder) for folder in folders], quickly and first_stamps(quickly)
         capsys.readouterr()
         assert main(command.split()) == 2, command
         said = capsys.readouterr()
         lines = said.err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("vqfast: "), said.err
-        assert said.out == "" and state(folders, quickly) == before, command
+        assert said.out == "" and [tree(folder) for folder in folders] == before, command
+        assert not quickly or stamps(quickly) == earlier, command
         return lines[0]
 
     return run

@@ -4,6 +4,7 @@ One table has all commands of the parser, one list of hazards each thing that a 
 a place for its results.
 """
 
+import functools
 import json
 import re
 import shutil
@@ -15,8 +16,9 @@ import torch
 from PIL import Image
 
 from tests.cli.conftest import NETWORK, SHARP, TRAININGS, folder_of
-from vqfast.cli import main
+from vqfast.cli import main, parser
 from vqfast.cli.commands import COMMANDS, CONFIGURABLE
+from vqfast.cli.parser import parse
 
 # Every command with all that it needs. What it takes is in braces: {run:KIND} a run, {images}, {file} a checkpoint of
 # other code, {lpips} weights, {folder} of runs, {out} a place for a folder, {page} a place for a file.
@@ -66,7 +68,14 @@ def weights(tmp_path_factory):
 
 
 @pytest.fixture
-def line(runs, images, weights, tmp_path, refused):
+def parsed_once(monkeypatch):
+    """A command that is given twenty times is parsed once."""
+    again = functools.cache(lambda argv: parse(argv))
+    monkeypatch.setattr(parser, "parse", lambda argv: again(tuple(argv)))
+
+
+@pytest.fixture
+def line(runs, images, weights, tmp_path, refused, parsed_once):
     """Runs a command with some of what it takes replaced; gives the line with which it was refused."""
 
     def run(command, **given):

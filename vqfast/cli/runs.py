@@ -66,6 +66,7 @@ class Report:
             raise RunError(f"{self.out}: exists; choose another --out")
         if not page.parent.is_dir():
             raise RunError(f"{page.parent}: no such folder")
+        facts = _facts(run, records)
         with tempfile.TemporaryDirectory() as folder:
             curves = _curves(run, records, Path(folder))
             curves += _codebook(run, Path(folder))
@@ -75,7 +76,7 @@ class Report:
                 page,
                 title=f"{run.path.name}: {run.kind}",
                 introduction="Lines: training batches (running median). Dots: held-out images, never trained on.",
-                facts=_facts(run, records),
+                facts=facts,
                 pictures=curves + pictures,
                 settings=settings.read_text() if settings.is_file() else str(run.info.get("training", "")),
             )

@@ -133,6 +133,7 @@ def same_classes(data: ImageData, run: Path, classes: tuple[str, ...], unconditi
 
 
 def noise(seed: int, device: torch.device) -> torch.Generator:
+    """The source of a command's random numbers."""
     return torch.Generator(device).manual_seed(seed)
 
 

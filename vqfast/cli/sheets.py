@@ -29,7 +29,7 @@ def save_versions(
 
 
 def rows_of(images: np.ndarray, labels: Sequence[int] | None, classes: Sequence[str]) -> tuple[list, list[str]]:
-    """Rows of at most 16 images, one row a class where there are classes, and the rows' names."""
+    """Rows of at most COLUMNS images, one row a class where there are classes, and the rows' names."""
     if labels is None:
         return [images[i : i + COLUMNS] for i in range(0, len(images), COLUMNS)], []
     numbers = np.asarray(labels)

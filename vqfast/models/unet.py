@@ -65,9 +65,10 @@ class Level(nn.Module):
         self.attention = LinearAttention(dim_out, heads, head_dim)
         self.resample = resample
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """The features at this resolution, before `resample`."""
-        return self.attention(self.res2(self.res1(x, time), time))
+    def forward(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        """The features at this resolution, and at the next."""
+        x = self.attention(self.res2(self.res1(x, time), time))
+        return x, self.resample(x)
 
 
 class UNet(nn.Module):
@@ -169,11 +170,10 @@ class UNet(nn.Module):
         x = self.embedding(codes).permute(0, 3, 1, 2)
         skips = []
         for level in self.downs:
-            x = level(x, time)
-            skips.append(x)
-            x = level.resample(x)
+            skip, x = level(x, time)
+            skips.append(skip)
         x = self.mid_res2(self.mid_attention(self.mid_res1(x, time)), time)
         for level in self.ups:
-            x = level.resample(level(torch.cat([x, skips.pop()], dim=1), time))
+            _, x = level(torch.cat([x, skips.pop()], dim=1), time)
         x = self.out_block(x).permute(0, 2, 3, 1).flatten(1, 2)
         return self.head(x)

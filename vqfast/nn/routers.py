@@ -4,7 +4,8 @@ A router looks at an image cell by cell of the coarsest code grid and gives each
 codes. Features come coarsest first, each grid twice as fine as the one before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -90,9 +91,9 @@ class EntropyRouter(nn.Module):
     """Grains from the image itself: the cells whose grey levels are the most varied get the most codes.
 
     A cell's entropy (`vqfast.ops.grain_entropy`) is compared with quantiles, so that each grain gets its share of the
-    cells. per="dataset": quantiles of all training images, by a histogram that training fills; an image may get more
-    codes than another. Until it has seen an image, and with per="image": quantiles of the image itself, so that every
-    image gets the same number of codes.
+    cells. per="dataset": quantiles of the training images of all steps before, by a histogram that training fills; an
+    image may get more codes than another. Until it has seen an image, and with per="image": quantiles of the image
+    itself, so that every image gets the same number of codes.
 
     The released code reads its thresholds from a table, made for another histogram than its network computes: they do
     not give the shares they are named after. `thresholds` prescribes such values all the same.
@@ -128,6 +129,8 @@ class EntropyRouter(nn.Module):
         self.patch_size, self.per = patch_size, per
         self.fixed_thresholds = None if thresholds is None else tuple(float(t) for t in thresholds)
         self.register_buffer("histogram", torch.zeros(_HISTOGRAM, dtype=torch.float64))
+        self.accumulating = False
+        self._noted: Tensor | None = None
 
     def entropy(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] to entropies (B, Hc, Wc), nats."""
@@ -135,10 +138,22 @@ class EntropyRouter(nn.Module):
 
     @torch.no_grad()
     def observe(self, entropy: Tensor) -> None:
-        """Add the entropies of training images to the running distribution; no sync."""
+        """Add the entropies of training images to the running distribution; no sync.
+
+        Inside `accumulate_entropies` they are kept until its end.
+        """
         place = (entropy.reshape(-1) / _largest_entropy() * _HISTOGRAM).long().clamp(0, _HISTOGRAM - 1)
         counts = torch.zeros_like(self.histogram).scatter_add_(0, place, torch.ones_like(place, dtype=torch.float64))
-        self.histogram += sum_over_processes(counts)
+        self._noted = counts if self._noted is None else self._noted + counts
+        if not self.accumulating:
+            self.update_histogram()
+
+    @torch.no_grad()
+    def update_histogram(self) -> None:
+        """Take in all that was observed since the last time, if anything; with several processes one all-reduce."""
+        if self._noted is not None:
+            noted, self._noted = self._noted, None
+            self.histogram += sum_over_processes(noted)
 
     @property
     def thresholds(self) -> Tensor:
@@ -158,11 +173,12 @@ class EntropyRouter(nn.Module):
         return self._route(self.entropy(images))
 
     def forward(self, features: Sequence[Tensor] | None, images: Tensor) -> Routing:
-        """As `decide`; training mode observes the images first."""
+        """As `decide`; training mode observes the images after that."""
         entropy = self.entropy(images)
+        routing = self._route(entropy)
         if self.training:
             self.observe(entropy)
-        return self._route(entropy)
+        return routing
 
     def _route(self, entropy: Tensor) -> Routing:
         if self.fixed_thresholds is None:
@@ -173,6 +189,29 @@ class EntropyRouter(nn.Module):
         else:
             grains = torch.bucketize(entropy.double(), self.thresholds)
         return Routing(grains, None, entropy)
+
+
+@contextmanager
+def accumulate_entropies(model: nn.Module) -> Iterator[None]:
+    """The images of all training passes within are routed by what was observed before: gradient accumulation.
+
+    Args:
+        model: any module; its entropy routers, wherever they are. Every process enters and leaves alike.
+    """
+    routers = [module for module in model.modules() if isinstance(module, EntropyRouter)]
+    for router in routers:
+        router.accumulating = True
+    try:
+        yield
+    except BaseException:
+        for router in routers:
+            router._noted = None
+        raise
+    finally:
+        for router in routers:
+            router.accumulating = False
+    for router in routers:
+        router.update_histogram()
 
 
 class RandomRouter(nn.Module):

@@ -1,6 +1,7 @@
 """One model in several processes: replicated (DDP) or sharded (FSDP2), and what each process holds of a tensor."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import signature
 
 import torch
@@ -30,12 +31,29 @@ def replicate(step: nn.Module, parameters: list[nn.Parameter], device: torch.dev
     )
 
 
-def shard(step: nn.Module, device: torch.device) -> FSDPModule:
-    """The step with its parameters spread over the processes: block by block, then what is left."""
+def shard(step: nn.Module, others: list[nn.Parameter], device: torch.device) -> FSDPModule:
+    """The step with its parameters but for `others` spread over the processes: block by block, then what is left."""
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     for block in blocks(step):
-        fully_shard(block, mesh=mesh)
-    return fully_shard(step, mesh=mesh)
+        fully_shard(block, mesh=mesh, ignored_params=set(others))
+    return fully_shard(step, mesh=mesh, ignored_params=set(others))
+
+
+@contextmanager
+def gathered(step: nn.Module) -> Iterator[None]:
+    """Inside, the modules of a sharded step can be called by themselves, without gradients, on the present weights.
+
+    Left to itself, FSDP2 holds on to what it last gathered for a forward pass that no backward pass follows, and would
+    begin the next step of the training with that.
+    """
+    sharded = [module for module in step.modules() if isinstance(module, FSDPModule)]
+    if isinstance(step, FSDPModule):
+        step.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
 
 
 def unsynced(step: nn.Module, last: bool) -> AbstractContextManager:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from tqdm.auto import tqdm
 from vqfast.diffusion.process import accumulate_history
 from vqfast.models.registry import kind_of
 from vqfast.nn import accumulate_codebooks
+from vqfast.nn.routers import accumulate_entropies
 from vqfast.train.average import WeightAverage
+from vqfast.train.batch_norm import RunningStatistics
 from vqfast.train.blocks import recompute_blocks
 from vqfast.train.checkpoint import (
     TRAINING,
@@ -36,7 +38,7 @@ from vqfast.train.feed import Feed
 from vqfast.train.metrics import forget_after
 from vqfast.train.observers import MetricsFile, Observers, PictureFiles, ProgressBar, TensorBoard, gpu_memory_gb
 from vqfast.train.parts import Part, PartStep, only, training_parts
-from vqfast.train.processes import ended_elsewhere, replicate, shard, unsynced
+from vqfast.train.processes import ended_elsewhere, gathered, replicate, shard, unsynced
 from vqfast.train.progress import RunState, check_idle
 from vqfast.train.signals import Stopped, StopRequest
 from vqfast.train.state import model_tensors, restore, training_tensors, training_values
@@ -89,24 +91,29 @@ class _Training:
             recompute_blocks(self.model)
         sharded = config.sharding == "full" or self.accelerator.distributed_type == DistributedType.FSDP
         self.parts, self.forwards = self._parts(sharded and self.processes > 1)
+        self.statistics = RunningStatistics(self.model, self.processes)
         self.average = WeightAverage(self.parts[0].parameters, config.ema_decay) if config.ema_decay else None
 
     def _parts(self, sharded: bool) -> tuple[list[Part], list[PartStep]]:
         named = training_parts(self.model)
-        if sharded and len(named) > 1:
-            raise RunError(f"sharding: expected a model with one optimiser, this one has {', '.join(named)}; use none")
         forwards = [PartStep(self.model, name) for name in named]
-        parts = []
-        for (name, parameters), forward in zip(named.items(), forwards, strict=True):
-            if self.config.compile:
+        if self.config.compile:
+            for forward in forwards:
                 forward.compile()
-            step = forward
-            if sharded:
-                step = shard(forward, self.device)
-                parameters = [p for p in self.model.parameters() if p.requires_grad]
-            elif self.processes > 1:
-                step = replicate(forward, parameters, self.device)
-            parts.append(Part(name, parameters, step, self.config, self.device))
+        steps: list[nn.Module] = list(forwards)
+        if sharded:
+            # The first part is the model itself; those that judge it are small, and it calls them from within.
+            others = [p for name in list(named)[1:] for p in named[name]]
+            steps[0] = shard(forwards[0], others, self.device)
+            named = training_parts(self.model)  # sharded parameters are other ones
+        if self.processes > 1:
+            for number, parameters in enumerate(named.values()):
+                if steps[number] is forwards[number]:
+                    steps[number] = replicate(forwards[number], parameters, self.device)
+        parts = [
+            Part(name, parameters, step, self.config, self.device)
+            for (name, parameters), step in zip(named.items(), steps, strict=True)
+        ]
         return parts, forwards
 
     def run(self, resume: bool) -> nn.Module:
@@ -173,9 +180,13 @@ class _Training:
 
     def _step(self, batches: list[dict[str, Tensor]], step: int) -> dict[str, Tensor]:
         """One step of every part's optimiser and of moving averages; returns means over the batches."""
-        if len(batches) == 1:
-            return self._passes(batches, step)
-        with accumulate_codebooks(self.model, passes=len(batches)), accumulate_history(self.model):
+        count = len(batches)
+        with ExitStack() as as_one:
+            as_one.enter_context(self.statistics.averaged(count))
+            if count > 1:
+                as_one.enter_context(accumulate_codebooks(self.model, passes=count))
+                as_one.enter_context(accumulate_history(self.model))
+                as_one.enter_context(accumulate_entropies(self.model))
             return self._passes(batches, step)
 
     def _passes(self, batches: list[dict[str, Tensor]], step: int) -> dict[str, Tensor]:
@@ -183,21 +194,22 @@ class _Training:
         count = len(batches)
         for number, batch in enumerate(batches):
             last = number == count - 1
-            for index, part in enumerate(self.parts):
-                prefix = f"{part.name}/" if index else ""
-                torch.manual_seed(self.feed.noise_seed(step, number, index))
-                with only(part, self.parts), unsynced(part.step, last):
-                    with self.accelerator.autocast():
-                        found = part.step(batch, step)
-                    part.backward(found["loss"] / count)
-                    for name, value in found.items():
-                        value = torch.as_tensor(value, device=self.device).detach()
-                        scalars[prefix + name] = scalars.get(prefix + name, 0) + value / count
-                    if last:
-                        norm = scalars[prefix + "grad_norm"] = part.update(step)
-                        # A gradient that is not finite ruins the weights too, but fp16 skips such steps.
-                        spoilt = 0 if self.config.precision == "fp16" else 0 * norm
-                        self.watch.see(scalars[prefix + "loss"] + spoilt, step + 1)
+            with self.statistics.batch():
+                for index, part in enumerate(self.parts):
+                    prefix = f"{part.name}/" if index else ""
+                    torch.manual_seed(self.feed.noise_seed(step, number, index))
+                    with only(part, self.parts), unsynced(part.step, last):
+                        with self.accelerator.autocast():
+                            found = part.step(batch, step)
+                        part.backward(found["loss"] / count)
+                        for name, value in found.items():
+                            value = torch.as_tensor(value, device=self.device).detach()
+                            scalars[prefix + name] = scalars.get(prefix + name, 0) + value / count
+                        if last:
+                            norm = scalars[prefix + "grad_norm"] = part.update(step)
+                            # A gradient that is not finite ruins the weights too, but fp16 skips such steps.
+                            spoilt = 0 if self.config.precision == "fp16" else 0 * norm
+                            self.watch.see(scalars[prefix + "loss"] + spoilt, step + 1)
         if self.average is not None:
             self.average.update(step + 1)
         return scalars
@@ -219,7 +231,8 @@ class _Training:
 
     def _evaluate(self, done: int) -> dict[str, float]:
         """Held-out scalars with the same noise each time, pictures, histograms: by the weights to use."""
-        with self._weights_to_use(), frozen(self.model, self.config.seed), self.accelerator.autocast():
+        step = self.parts[0].step
+        with self._weights_to_use(), gathered(step), frozen(self.model, self.config.seed), self.accelerator.autocast():
             figures = held_out_scalars(self.forwards[0], self.held_out, self.config.batch_size, self.device)
             self.observers.scalars(done, figures)
             images = pictures_of(self.model, self.held_out, self.device, self.pictures)

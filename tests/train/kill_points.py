@@ -1,9 +1,10 @@
 """Trainings killed at chosen moments and resumed; started by test_interruptions.py.
 
-    kill_points.py FOLDER EVENT:N ...
+    kill_points.py FOLDER NAME EVENT:N ...
 
-For each point a child of this process trains in a run of its own until the Nth EVENT, where SIGKILL ends it; another
-child resumes, and leaves its weights in FOLDER/EVENT-N.npz. Forks, because starting afresh takes seconds.
+trains the model of this name in tiny_training.py. For each point a child of this process trains in a run of its own
+until the Nth EVENT, where SIGKILL ends it; another child resumes, and leaves its weights in FOLDER/EVENT-N.npz. Forks,
+because starting afresh takes seconds.
 """
 
 import json
@@ -16,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch._dynamo  # every optimiser imports it, which takes longer than a tiny training
-from tiny_training import train_tiny
+from tiny_training import new_run, train_tiny
 
-from vqfast.train import checkpoint, create_run, observers
+from vqfast.train import checkpoint, observers
 
 SETTINGS = dict(steps=40, save_every=5, ema_decay=0.9, threads=1)
 
@@ -88,29 +89,29 @@ def in_child(work) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def train_and_keep(folder: Path, name: str, **changes) -> None:
+def train_and_keep(model: str, folder: Path, name: str, **changes) -> None:
     settings = SETTINGS | changes
     torch.set_num_threads(settings.pop("threads"))
-    state = train_tiny("vqvae", folder / name, **settings).state_dict()
+    state = train_tiny(model, folder / name, **settings).state_dict()
     np.savez(folder / f"{name}.npz", **{key: value.numpy() for key, value in state.items()})
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    create_run(folder / "straight", "vqvae", {})
-    assert in_child(lambda: train_and_keep(folder, "straight")) == 0
-    for point in sys.argv[2:]:
+    folder, model = Path(sys.argv[1]), sys.argv[2]
+    new_run(model, folder / "straight")
+    assert in_child(lambda: train_and_keep(model, folder, "straight")) == 0
+    for point in sys.argv[3:]:
         event, count = point.split(":")
         name = f"{event}-{count}"
-        create_run(folder / name, "vqvae", {})
+        new_run(model, folder / name)
 
         def killed(event=event, count=count, name=name):
             arm(event, int(count))
-            train_and_keep(folder, name)
+            train_and_keep(model, folder, name)
 
         assert in_child(killed) == -signal.SIGKILL, f"{point} was never reached"
         shutil.copytree(folder / name, folder / f"{name}-as-left")
-        assert in_child(lambda name=name: train_and_keep(folder, name, resume=True)) == 0
+        assert in_child(lambda name=name: train_and_keep(model, folder, name, resume=True)) == 0
 
 
 main()

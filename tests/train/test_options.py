@@ -1,6 +1,9 @@
 """What the options of the trainer promise: compiled, recomputed, accumulated or averaged, it is the same training."""
 
 import json
+import math
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from vqfast.train.blocks import blocks, recompute_blocks
 QUICK = dict(
     steps=4, batch_size=4, lr=1e-2, warmup=2, log_every=1, save_every=4, eval_every=0, tensorboard=False, device="cpu"
 )
+
+tiny = runpy.run_path(str(Path(__file__).with_name("tiny_training.py")))
 
 
 def trained(fresh_model, images, out, **changes):
@@ -92,3 +97,30 @@ def test_fp16_scales_its_loss_and_learns(tmp_path, fresh_model, tiny_images):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     index = json.loads((tmp_path / "a" / "checkpoints" / "step-00000030" / "checkpoint.json").read_text())
     assert index["extra"]["scaler"]["model"]["scale"] > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("option", "tolerance"),
+    [
+        (dict(gradient_checkpointing=True), 0.0),
+        (dict(compile=True), 1e-4),
+        (dict(precision="bf16"), 0.05),
+        (dict(precision="fp16"), 0.01),
+        (dict(accumulation=3, ema_decay=0.9), math.inf),
+    ],
+    ids=["checkpointing", "compile", "bf16", "fp16", "accumulation"],
+)
+@pytest.mark.parametrize("name", tiny["TINY"])
+def test_every_option_trains_every_model(tmp_path, name, option, tolerance):
+    """The first loss is that without the option, up to the arithmetic; the step taken on it leaves one that is fine."""
+    torch.compiler.reset()
+    losses = []
+    for folder, settings in (("plain", {}), ("with", option)):
+        run = tiny["new_run"](name, tmp_path / folder)
+        tiny["train_tiny"](name, run, steps=2, **settings)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines])
+        assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=tolerance, abs=tolerance)
+    assert len(losses[1]) == 2

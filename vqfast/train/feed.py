@@ -25,6 +25,15 @@ class Feed:
     def __init__(self, dataset: Dataset, config: TrainConfig, rank: int, processes: int, device: torch.device):
         self._dataset, self._config = dataset, config
         self._rank, self._processes, self._device = rank, processes, device
+        self._shift = 0
+
+    def batches(self, step: int) -> int:
+        """How many batches all processes have taken before a step."""
+        return step * self._config.accumulation * self._processes + self._shift
+
+    def go_on(self, step: int, batches: int) -> None:
+        """Let step `step` follow upon so many batches, which another number of processes may have taken."""
+        self._shift += batches - self.batches(step)
 
     def images(self, steps: int) -> int:
         """How many images all processes take in so many steps."""
@@ -42,7 +51,7 @@ class Feed:
 
         Two processes of one batch each draw what one process of two batches draws.
         """
-        place = (step * self._config.accumulation + number) * self._processes + self._rank
+        place = self.batches(step) + number * self._processes + self._rank
         return int(np.random.SeedSequence((self._config.seed, place, part)).generate_state(1, np.uint64)[0] >> 1)
 
     def positions(self, step: int) -> np.ndarray:
@@ -50,12 +59,5 @@ class Feed:
         return np.concatenate([p for rank in range(self._processes) for p in self._places(step, step + 1, rank)])
 
     def _places(self, first: int, last: int, rank: int) -> ShuffledSteps:
-        A = self._config.accumulation
-        return ShuffledSteps(
-            len(self._dataset),
-            self._config.batch_size,
-            range(first * A, last * A),
-            self._config.seed,
-            rank,
-            self._processes,
-        )
+        taken = range(self.batches(first) + rank, self.batches(last), self._processes)
+        return ShuffledSteps(len(self._dataset), self._config.batch_size, taken, self._config.seed)

@@ -31,12 +31,12 @@ def replicate(step: nn.Module, parameters: list[nn.Parameter], device: torch.dev
     )
 
 
-def shard(step: nn.Module, others: list[nn.Parameter], device: torch.device) -> FSDPModule:
-    """The step with its parameters but for `others` spread over the processes: block by block, then what is left."""
+def shard(step: nn.Module, others: list[nn.Parameter], device: torch.device) -> None:
+    """Spread the step's parameters but for `others` over the processes: block by block, then what is left."""
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     for block in blocks(step):
         fully_shard(block, mesh=mesh, ignored_params=set(others))
-    return fully_shard(step, mesh=mesh, ignored_params=set(others))
+    fully_shard(step, mesh=mesh, ignored_params=set(others))
 
 
 @contextmanager

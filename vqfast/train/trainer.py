@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -100,20 +101,16 @@ class _Training:
         if self.config.compile:
             for forward in forwards:
                 forward.compile()
-        steps: list[nn.Module] = list(forwards)
         if sharded:
             # The first part is the model itself; those that judge it are small, and it calls them from within.
             others = [p for name in list(named)[1:] for p in named[name]]
-            steps[0] = shard(forwards[0], others, self.device)
+            shard(forwards[0], others, self.device)
             named = training_parts(self.model)  # sharded parameters are other ones
-        if self.processes > 1:
-            for number, parameters in enumerate(named.values()):
-                if steps[number] is forwards[number]:
-                    steps[number] = replicate(forwards[number], parameters, self.device)
-        parts = [
-            Part(name, parameters, step, self.config, self.device)
-            for (name, parameters), step in zip(named.items(), steps, strict=True)
-        ]
+        parts = []
+        for (name, parameters), forward in zip(named.items(), forwards, strict=True):
+            whole = self.processes > 1 and not isinstance(forward, FSDPModule)
+            step = replicate(forward, parameters, self.device) if whole else forward
+            parts.append(Part(name, parameters, step, self.config, self.device))
         return parts, forwards
 
     def run(self, resume: bool) -> nn.Module:
@@ -247,7 +244,8 @@ class _Training:
         tensors = training_tensors(self.model, self.parts, self.average)
         if not self.main:
             return
-        values = {"training": asdict(self.config)} | training_values(self.parts)
+        values = {"training": asdict(self.config), "processes": self.processes, "batches": self.feed.batches(done)}
+        values |= training_values(self.parts)
         try:
             save_checkpoint(
                 self.out, done, self.model, weights, tensors, values, held_out=figures, keep_last=self.config.keep_last
@@ -280,10 +278,20 @@ class _Training:
             except (KeyError, ValueError, RuntimeError) as error:
                 reason = str(error).splitlines()[0]
                 raise RunError(f"{checkpoint.path}: not the state of this training: {reason}") from error
+            self.feed.go_on(step, checkpoint.extra.get("batches", self.feed.batches(step)))
+            self._tell_processes(checkpoint.extra.get("processes", self.processes))
         if self.main:
             forget_after(self.out, step)
             remove_unfinished(self.out)
         return step
+
+    def _tell_processes(self, before: int) -> None:
+        if self.main and before != self.processes:
+            was, now = (n * self.config.batch_size * self.config.accumulation for n in (before, self.processes))
+            tqdm.write(
+                f"{self.out}: trained by {before} processes so far, now by {self.processes}: "
+                f"{now} images a step instead of {was}"
+            )
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

@@ -98,6 +98,9 @@ def test_two_processes_train_as_one(tmp_path, name):
     expected = same_training(tmp_path, name, 2)
     if name == "vqvae":
         assert expected.config.threshold_ema_dead_code > 0, "revival is part of the comparison"
+    if "dqvae" in name:
+        lengths = expected.encode(tiny["patches"]()[np.arange(30)]["image"]).lengths
+        assert len(lengths.unique()) > 1, "different numbers of codes are part of the comparison"
     if name == "vqddm":
         assert (expected.diffusion.loss_count > 10).all(), "importance sampling is part of the comparison"
 
@@ -112,7 +115,11 @@ def test_four_processes_train_as_one(tmp_path, name):
 @pytest.mark.parametrize("name", tiny["TINY"])
 def test_sharded_parameters_train_as_whole_ones(tmp_path, name):
     """Looks at held-out data on the way, by averaged weights: what is gathered for that must not stay."""
-    same_training(tmp_path, name, 2, sharding="full", ema_decay=0.9, held_out=True, eval_every=5, save_every=10)
+    settings = dict(ema_decay=0.9, held_out=True, eval_every=5, save_every=10)
+    # The norm of sharded gradients is summed in another order. Scaled by it they would be rounded otherwise, which the
+    # group norms of a tiny DQ-VAE, over four values each, magnify beyond comparison.
+    settings |= dict(clip_norm=0.0) if "dqvae" in name else {}
+    same_training(tmp_path, name, 2, sharding="full", **settings)
 
 
 def test_a_process_that_dies_ends_the_others_with_its_error_shown(tmp_path):

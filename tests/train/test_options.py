@@ -77,6 +77,23 @@ def test_accumulated_batches_make_one_step(tmp_path, fresh_model, tiny_images):
     assert len(losses) == 4
 
 
+def test_sequences_of_different_lengths_count_alike_in_whatever_batches(tmp_path, monkeypatch):
+    """A step of two batches, which have different numbers of codes, is that of one batch of all their sequences."""
+    dq_transformer = tiny["TINY"]["dq_transformer"]
+    monkeypatch.setitem(
+        tiny["TINY"], "dq_transformer", (lambda: tiny["dq_transformer"](dropout=0.0), dq_transformer[1])
+    )
+    logged = []
+    for sizes in (dict(batch_size=4), dict(batch_size=2, accumulation=2)):
+        run = tiny["new_run"]("dq_transformer", tmp_path / str(len(logged)))
+        tiny["train_tiny"]("dq_transformer", run, **sizes)
+        logged.append([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
+    assert len(logged[0]) == 20
+    for large, small in zip(*logged, strict=True):
+        for name in ("loss", "content", "position", "grad_norm"):
+            assert small[name] == pytest.approx(large[name], rel=1e-5, abs=1e-5)
+
+
 @pytest.mark.slow
 def test_a_compiled_model_trains_alike(tmp_path, fresh_model, tiny_images):
     _, losses = trained(fresh_model, tiny_images, tmp_path / "a")

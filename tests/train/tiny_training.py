@@ -37,11 +37,12 @@ def images(side: int = 4) -> Dataset:
 
 
 def patches(side: int = 4) -> Dataset:
-    """2 x 2 patches an image, of which one image in five has none with any detail, the next has one, and so on."""
+    """2 x 2 patches an image, of which one image in five has none with much detail, the next has one, and so on."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (30, 2 * side, 2 * side, 1), dtype=np.uint8)
-    flat = rng.permuted(np.arange(4) >= np.arange(30)[:, None] % 5, axis=1).reshape(30, 2, 2, 1)
-    pixels[flat.repeat(side, 1).repeat(side, 2)] = 128
+    faint = rng.permuted(np.arange(4) >= np.arange(30)[:, None] % 5, axis=1).reshape(30, 2, 2, 1)
+    faint = faint.repeat(side, 1).repeat(side, 2)
+    pixels[faint] = 120 + pixels[faint] // 16  # not flat: norms would divide by what rounding leaves of a variance
     return ImageBatches(ImageData("patches", pixels, np.arange(30, dtype=np.uint32)), "all")
 
 
@@ -93,9 +94,9 @@ def raster_gpt() -> RasterGPT:
     return RasterGPT(RasterGPTConfig(codebook_size=8, grid=(4, 4), dim=16, depth=2, heads=2, num_classes=2))
 
 
-def dq_transformer() -> DQTransformer:
+def dq_transformer(**changes) -> DQTransformer:
     sizes = dict(codebook_size=8, grid=(4, 4), dim=16, heads=2, position_depth=1, content_depth=1)
-    return DQTransformer(DQTransformerConfig(**sizes))
+    return DQTransformer(DQTransformerConfig(**sizes | changes))
 
 
 def refit(model: nn.Module, data: Dataset) -> nn.Module:

@@ -61,6 +61,10 @@ class Adversarial(nn.Module):
     The autoencoder, the other base class, has `config` (with the fields of `AdversarialConfig`), `decoder.conv_out`,
     `reconstruct(images)` and `_model_step(images, step)`, its training step, whose loss holds that of `_image_terms`.
 
+    Where a step has several batches, taken in turn or by several processes, each is judged by itself: the
+    discriminator's batch norms normalise by its statistics, and the adaptive weight is of its gradients. One large
+    batch of the same images is another training; so it is in the code released with VQGAN.
+
     Without `perceptual` there is no perceptual term: `has_perceptual_loss` says so, as does the printed module.
     """
 

@@ -180,10 +180,15 @@ class DQTransformer(nn.Module):
             labels = torch.full((batch,), -1, device=self.device)
         return torch.where(labels < 0, self.config.num_classes, labels)
 
-    def loss(self, tokens: GrainSequences) -> dict[str, Tensor]:
+    def loss(self, tokens: GrainSequences, counts: Tensor | None = None) -> dict[str, Tensor]:
         """Cross-entropy of contents, plus the mean over grains of that of positions, in nats.
 
         A grain's end, and the start of the next, count among its positions and contents; padding does not count.
+
+        Args:
+            tokens: the sequences.
+            counts: (num_grains,) float, by how many positions of each grain to divide, and by their sum for the
+                contents; None for as many as there are.
 
         Returns:
             Scalars: loss, content, position; with gradient.
@@ -193,19 +198,38 @@ class DQTransformer(nn.Module):
         pad = torch.tensor([v.pad for v in self.config.positions], device=grain.device)[grain]
         position_loss = F.cross_entropy(position_logits.float(), position, reduction="none")
         of_grain = [(grain == g) & (position != pad) for g in range(self.config.num_grains)]
-        means = [torch.where(chosen, position_loss, 0).sum() / chosen.sum() for chosen in of_grain]
-        content_loss = F.cross_entropy(content_logits.float(), content, ignore_index=self.config.content.pad)
-        position_loss = torch.stack(means).mean()
+        if counts is None:
+            counts = torch.stack([chosen.sum() for chosen in of_grain])
+        sums = torch.stack([torch.where(chosen, position_loss, 0).sum() for chosen in of_grain])
+        content_sum = F.cross_entropy(
+            content_logits.float(), content, ignore_index=self.config.content.pad, reduction="sum"
+        )
+        content_loss, position_loss = content_sum / counts.sum(), (sums / counts).mean()
         return {"loss": content_loss + position_loss, "content": content_loss, "position": position_loss}
+
+    def loss_counts(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Positions of each grain that a batch's sequences predict, (num_grains,) float: what `loss` divides by.
+
+        Those of its codes, its end, and, but for the first grain, its start.
+        """
+        grains = batch["grains"]
+        codes = torch.stack([(grains == g).sum() * 4**g for g in range(self.config.num_grains)])
+        specials = torch.full_like(codes, 2 * len(grains))
+        specials[0] = len(grains)
+        return (codes + specials).float()
 
     def training_step(self, batch: Mapping[str, Tensor], step: int = 0) -> dict[str, Tensor]:
         """Loss of one batch; see `loss`. Without gradient all but "loss".
+
+        Args:
+            batch: see the class; "loss_counts", where it is there, in place of the batch's own: see vqfast.train.parts.
+            step: not used.
 
         Raises:
             TypeError, ValueError: codes or grains other than the configuration's, labels missing or out of range.
         """
         codes, grains, labels = self._read(batch)
-        scalars = self.loss(self.sequences(codes, grains, labels))
+        scalars = self.loss(self.sequences(codes, grains, labels), batch.get("loss_counts"))
         return {name: value if name == "loss" else value.detach() for name, value in scalars.items()}
 
     def _read(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -158,6 +158,11 @@ def grain_pictures(grains: Tensor, num_grains: int, image_size: int) -> Tensor:
 class DQVAE(Adversarial):
     """Encoder, router, codebook kept by moving averages, decoder, and the discriminator that they are trained against.
 
+    Where a step has several batches, taken in turn or by several processes, the codebook takes one step by all their
+    codes alike. The commitment loss is a mean over each batch's codes, and the budget is compared with each batch's
+    share: the router says only in the pass how many codes there are. With different numbers of codes in the batches
+    that is not quite what one large batch of the same images would give.
+
     Args:
         config: the model's make.
         perceptual: LPIPS with its weights, or None. Not part of the state dict.

@@ -14,6 +14,15 @@ Only the parameters of the part at work want gradients meanwhile, so that a gene
 discriminator. A later part may use what the first left detached for the same batch; moving averages are taken in the
 first part only. With accumulation every batch goes through the parts in turn, and the optimisers step after the last.
 
+A step of several batches, taken in turn (accumulation) or by several processes, is the mean of their losses: it is the
+same for both, and where a batch's loss is a mean over its examples, the same as of one large batch. Where it is a mean
+over something that batches have different numbers of, a model that knows these beforehand offers
+
+    loss_counts(batch) -> (n,) float tensor
+
+and finds the mean of them over all batches of the step in batch["loss_counts"], to divide its sums by in place of its
+own counts: the mean of the batches' losses is then again that of one large batch.
+
 A model may also offer, for evaluation,
 
     evaluation_pictures(batch) -> {name: (N, C, H, W) float in [-1, 1]}

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from vqfast.diffusion.process import accumulate_history
 from vqfast.models.registry import kind_of
 from vqfast.nn import accumulate_codebooks
+from vqfast.nn.codebook import sum_over_processes
 from vqfast.nn.routers import accumulate_entropies
 from vqfast.train.average import WeightAverage
 from vqfast.train.batch_norm import RunningStatistics
@@ -184,7 +185,14 @@ class _Training:
                 as_one.enter_context(accumulate_codebooks(self.model, passes=count))
                 as_one.enter_context(accumulate_history(self.model))
                 as_one.enter_context(accumulate_entropies(self.model))
-            return self._passes(batches, step)
+            return self._passes(self._with_loss_counts(batches), step)
+
+    def _with_loss_counts(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        if not hasattr(self.model, "loss_counts"):
+            return batches
+        counts = sum_over_processes(sum(self.model.loss_counts(batch) for batch in batches))
+        mean = counts / (len(batches) * self.processes)
+        return [batch | {"loss_counts": mean} for batch in batches]
 
     def _passes(self, batches: list[dict[str, Tensor]], step: int) -> dict[str, Tensor]:
         scalars: dict[str, Tensor] = {}

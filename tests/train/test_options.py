@@ -3,10 +3,12 @@
 import json
 import math
 import runpy
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import nn
 
 from vqfast.models.unet import UNet
@@ -97,7 +99,8 @@ def test_sequences_of_different_lengths_count_alike_in_whatever_batches(tmp_path
 @pytest.mark.slow
 def test_a_compiled_model_trains_alike(tmp_path, fresh_model, tiny_images):
     _, losses = trained(fresh_model, tiny_images, tmp_path / "a")
-    _, compiled = trained(fresh_model, tiny_images, tmp_path / "b", compile=True)
+    with torch._inductor.config.patch(fallback_random=True):  # or compiled code has another dropout
+        _, compiled = trained(fresh_model, tiny_images, tmp_path / "b", compile=True)
     assert compiled == pytest.approx(losses, rel=1e-3)
 
 
@@ -129,8 +132,10 @@ def test_fp16_scales_its_loss_and_learns(tmp_path, fresh_model, tiny_images):
     ids=["checkpointing", "compile", "bf16", "fp16", "accumulation"],
 )
 @pytest.mark.parametrize("name", tiny["TINY"])
-def test_every_option_trains_every_model(tmp_path, name, option, tolerance):
+def test_every_option_trains_every_model(tmp_path, name, option, tolerance, monkeypatch):
     """The first loss is that without the option, up to the arithmetic; the step taken on it leaves one that is fine."""
+    # All of compiling that depends on the model; the code that it ends in takes minutes to make, and is torch's affair.
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager"))
     torch.compiler.reset()
     losses = []
     for folder, settings in (("plain", {}), ("with", option)):

@@ -83,7 +83,8 @@ def vqgan(**changes) -> VQGAN:
 
 
 def dqvae(**changes) -> DQVAE:
-    return DQVAE(DQVAEConfig(**JUDGED | dict(mults=(1, 1, 1)) | changes))
+    # Two channels a group: norms over the four values of one, some all but equal, magnify rounding a thousand times.
+    return DQVAE(DQVAEConfig(**JUDGED | dict(mults=(1, 1, 1), channels=64, z_channels=64) | changes))
 
 
 def dqvae_entropy() -> DQVAE:

@@ -20,6 +20,7 @@ import torch._dynamo  # every optimiser imports it, which takes longer than a ti
 from tiny_training import new_run, train_tiny
 
 from vqfast.train import checkpoint, observers
+from vqfast.train.feed import Feed
 
 SETTINGS = dict(steps=40, save_every=5, ema_decay=0.9, threads=1)
 
@@ -42,9 +43,9 @@ def at(count: int):
 def arm(event: str, count: int) -> None:
     """Let this process die at the count-th event."""
     reached = at(count)
-    if event == "step":  # before a training step
-        seed = torch.manual_seed
-        torch.manual_seed = lambda value: die() if reached() else seed(value)
+    if event == "step":  # before a part's turn in a training step
+        noise_seed = Feed.noise_seed
+        Feed.noise_seed = lambda *arguments: die() if reached() else noise_seed(*arguments)
     elif event == "file":  # in the middle of writing tensors
         save_file = checkpoint.save_file
 

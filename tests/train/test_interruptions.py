@@ -25,7 +25,7 @@ QUICK |= dict(tensorboard=False)
 FEW = ["step:21", "file:3", "metrics:23"]
 TWENTY = [f"step:{n}" for n in (1, 7, 13, 20, 21, 26, 33, 40)] + [f"file:{n}" for n in (1, 2, 8, 15)]
 TWENTY += [f"disk:{n}" for n in (1, 8, 14, 20)] + ["keep:1", "keep:4", "metrics:5", "metrics:23"]
-# The 41st seed is that of the discriminator in the 20th step, the next that of the model in the step after.
+# With two parts the 41st turn is that of the model in the 21st step, the next that of the discriminator.
 JUDGED = ["step:41", "step:42", "file:3", "disk:8", "metrics:23"]
 
 

@@ -12,6 +12,7 @@ from vqfast.nn.routers import (
     FeatureRouter,
     FixedRouter,
     RandomRouter,
+    accumulate_entropies,
     code_lengths,
     counts_for_codes,
     grain_counts,
@@ -133,6 +134,21 @@ def test_before_any_image_was_seen_the_image_itself_decides_and_eval_does_not_le
     assert router.histogram.sum() == 0, "a decision is not a training step"
     router(None, data)
     assert router.histogram.sum() == 8 * 16
+
+
+def test_batches_of_one_step_are_routed_by_what_was_seen_before_it():
+    whole, parts, data = EntropyRouter(16), EntropyRouter(16), images(32)
+    for router in (whole, parts):
+        router(None, data[:8])
+    expected = whole(None, data[8:]).grains
+    with accumulate_entropies(parts):
+        grains = torch.cat([parts(None, batch).grains for batch in data[8:].split(8)])
+    assert torch.equal(grains, expected) and torch.equal(parts.histogram, whole.histogram)
+    with pytest.raises(KeyError), accumulate_entropies(parts):
+        parts(None, data)
+        raise KeyError
+    parts(None, data[:8])
+    assert parts.histogram.sum() == 40 * 16, "what was seen before an error does not count"
 
 
 def test_flat_images_route():

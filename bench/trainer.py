@@ -6,7 +6,6 @@ that. The target is at most 3 % with steps of 100 ms or more.
 """
 
 import argparse
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from vqfast.models.vqvae import VQVAE, VQVAEConfig
 from vqfast.train import TrainConfig, create_run, train
 
 TARGET = 0.03
+QUANTILE = 0.1  # of the steps: what one takes while others leave the processor and its memory alone
 
 
 class Watched(VQVAE):
@@ -55,11 +55,11 @@ def bare_loop(model: nn.Module, data: ImageBatches, config: TrainConfig) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=25, help="steps a round")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=15, help="steps a round")
     options = parser.parse_args()
     shape = VQVAEConfig(image_size=32, in_channels=3, channels=32, mults=(1, 1, 2), num_res_blocks=1, codebook_size=256)
-    config = TrainConfig(steps=options.steps, batch_size=8, log_every=5, eval_every=0, device="cpu")
+    config = TrainConfig(steps=options.steps, batch_size=16, log_every=5, eval_every=0, device="cpu")
     pixels = np.random.default_rng(0).integers(0, 256, (512, 32, 32, 3), dtype=np.uint8)
     data = ImageBatches(ImageData("noise", pixels, np.arange(512, dtype=np.uint32)), "all")
     found: dict[str, list[np.ndarray]] = {"bare": [], "trainer": []}
@@ -75,9 +75,9 @@ def main() -> None:
             found[name].append(model.durations())
     bare, trainer = (np.concatenate(found[name]) for name in ("bare", "trainer"))
     for column, clock in enumerate(("processor", "wall")):
-        b, t = (statistics.median(part[:, column]) for part in (bare, trainer))
+        b, t = (np.quantile(part[:, column], QUANTILE) for part in (bare, trainer))
         print(f"{clock:<10} bare {b * 1e3:.1f} ms, trainer {t * 1e3:.1f} ms a step: {t / b - 1:+.2%}")
-    added = statistics.median(trainer[:, 0]) / statistics.median(bare[:, 0]) - 1
+    added = np.quantile(trainer[:, 0], QUANTILE) / np.quantile(bare[:, 0], QUANTILE) - 1
     print(f"{'met' if added <= TARGET else 'MISSED'}: at most {TARGET:.0%} of processor time")
 
 

@@ -21,9 +21,16 @@ extern "C" {
 void search(int64_t N, int64_t D, int64_t K, const int64_t *device, int64_t *out) {
   const SearchPlan plan = search_plan(N, D, K, limits(device));
   write(search_scores_plan(plan, limits(device)), out);
-  const int64_t rest[] = {plan.row_tiles,    plan.code_tiles,      plan.splits,      plan.tiles_per_split,
+  const int64_t rest[] = {plan.row_tiles,    plan.code_tiles,      plan.parts.splits, plan.parts.tiles_per_split,
                           plan.padded_codes, plan.padded_features, plan.exact_blocks};
   for (int i = 0; i < 7; ++i) out[4 + i] = rest[i];
+}
+
+void tensor(int64_t N, int64_t D, int64_t K, const int64_t *device, int64_t *out) {
+  const TensorPlan plan = tensor_plan(N, D, K, limits(device));
+  write(tensor_scores_plan(plan, at_most(N, plan.chunk)), out);
+  const int64_t rest[] = {plan.stages, plan.pitch, plan.chunk, plan.code_tiles, plan.parts.splits, plan.parts.tiles_per_split};
+  for (int i = 0; i < 6; ++i) out[4 + i] = rest[i];
 }
 
 void softmax(int64_t rows, int64_t K, int64_t vector, int64_t bytes, const int64_t *device, int64_t *out) {

@@ -31,6 +31,7 @@ def plan(tmp_path_factory):
     loaded = ctypes.CDLL(str(library))
     fields = {
         "search": "row_tiles code_tiles splits tiles_per_split padded_codes padded_features exact_blocks".split(),
+        "tensor": "stages pitch chunk code_tiles splits tiles_per_split".split(),
         "stats": "chunks rows_per_chunk pieces".split(),
     }
 
@@ -69,9 +70,26 @@ def test_every_code_and_every_row_is_searched_once(plan):
         assert (
             p.splits == p.grid_y and (p.splits - 1) * p.tiles_per_split < p.code_tiles <= p.splits * p.tiles_per_split
         )
-        assert p.padded_codes == 128 * p.code_tiles and 0 <= p.padded_codes - K < 128
+        # Whole tiles of either kind of scores.
+        assert p.padded_codes % 256 == 0 and 0 <= p.padded_codes - K < 256
         # Partial results: at most eight waves of blocks.
         assert p.splits == 1 or p.splits * p.row_tiles <= 8 * 2 * device[0]
+
+
+def test_tensor_cores_get_every_row_and_code_once_in_chunks_that_fit(plan):
+    for n, K, D, device in product(SIZES, SIZES[:12], (1, 8, 64, 200, 256, 512, 513, 4096), DEVICES):
+        p = plan("tensor", n, D, K, device=device)
+        assert p.pitch % 16 == 0 and 0 <= p.pitch - D < 16
+        if not p.stages:
+            assert D > {163 << 10: 256, 227 << 10: 512}.get(device[1], 0), "what the README promises fits"
+            continue
+        # The kernel's own variables take less than 28 KiB.
+        assert p.shared_bytes + (28 << 10) <= device[1] + 1024, (n, K, D, device)
+        assert 1 <= p.chunk <= n and (p.chunk == n or p.chunk % 128 == 0) and p.grid_x <= GRID_X
+        assert p.chunk * p.pitch * 2 <= 128 << 20 or p.chunk <= 128
+        assert (
+            p.splits == p.grid_y and (p.splits - 1) * p.tiles_per_split < p.code_tiles <= p.splits * p.tiles_per_split
+        )
 
 
 def test_few_rows_are_split_so_that_the_device_is_full(plan):

@@ -1,6 +1,7 @@
 """From stored images or codes to the batches that a model's `training_step` takes."""
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
@@ -15,7 +16,9 @@ from vqfast.data.images import ImageData
 
 def to_float(images: np.ndarray) -> Tensor:
     """(..., H, W, C) uint8 pixels to (..., C, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, -3))).float() / 127.5 - 1
+    channels_first = torch.from_numpy(images).movedim(-1, -3)
+    # One pass and one new tensor, scaled in place: fresh memory costs more than the arithmetic.
+    return channels_first.to(torch.float32, memory_format=torch.contiguous_format, copy=True).div_(127.5).sub_(1)
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -121,7 +124,18 @@ def read_ahead(
     """
     # A generator of its own: the loader would draw from the global one.
     numbers = torch.Generator()
-    return iter(DataLoader(dataset, None, sampler=visits, num_workers=workers, pin_memory=pinned, generator=numbers))
+    loader = DataLoader(dataset, None, sampler=visits, num_workers=workers, pin_memory=pinned, generator=numbers)
+    # Where batches are pinned the loader has such a thread of its own.
+    return _taken_early(iter(loader)) if workers and not pinned else iter(loader)
+
+
+def _taken_early(batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """The same batches, each taken over from its worker while the one before is in use: that can take milliseconds."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
 
 
 class ShuffledSteps(Sampler):

@@ -55,7 +55,7 @@ def _panel(axes, title: str, rows: Sequence[Row], places: int) -> None:
     axes.set_ylim(places - 0.4, -0.6)
     axes.set_yticks(range(len(labels)), labels, fontsize=7)
     axes.tick_params(axis="x", labelsize=7)
-    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_title(title, fontsize=9 if len(title) < 60 else 7.5, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -36,7 +36,7 @@ test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not slow'
 
 test-all: $(VENV)/.test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --hypothesis-profile=default
 
 # Minutes, on a machine that does nothing else. OPS= chooses ops, BENCH=quick is a first look.
 bench: $(VENV)/.test

@@ -38,7 +38,8 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Compute the activations of blocks anew in the backward pass: less memory, slower steps."""
     sharding: Literal["none", "full"] = "none"
-    """With several processes: a whole model in each (DDP), or parameters and optimiser spread over them (FSDP2)."""
+    """With several processes: a whole model in each (DDP), or parameters and optimiser spread over them (FSDP2); a
+    discriminator stays whole."""
     device: Literal["auto", "cpu"] = "auto"
     """auto takes a GPU where there is one."""
     seed: int = 0

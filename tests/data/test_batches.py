@@ -1,9 +1,10 @@
 """What batches promise: pixels that come back, and an order that depends on seed and step alone."""
 
 import numpy as np
+import pytest
 import torch
 
-from vqfast.data import CodeBatches, ImageBatches, ShuffledSteps, open_dataset, to_float, to_uint8
+from vqfast.data import CodeBatches, ImageBatches, ShuffledSteps, open_dataset, read_ahead, to_float, to_uint8
 
 
 def test_pixels_survive_the_way_to_float_and_back():
@@ -50,3 +51,21 @@ def test_processes_share_a_step():
 
 def test_a_batch_larger_than_the_set():
     assert [len(batch) for batch in ShuffledSteps(2, 5, range(3), seed=0)] == [5, 5, 5]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_read_ahead_are_those_of_the_dataset(workers):
+    images = ImageBatches(open_dataset("digits"), crop=6, augment=True, flip=True)
+    visits = list(ShuffledSteps(len(images), 8, range(5), seed=0))
+    for read, own in zip(read_ahead(images, visits, workers), visits, strict=True):
+        direct = images[own]
+        assert read.keys() == direct.keys() and all(torch.equal(read[name], direct[name]) for name in read)
+
+
+def test_pixels_travel_as_bytes_and_are_scaled_where_they_arrive():
+    images = ImageBatches(open_dataset("digits"))
+    assert images.stored(np.arange(3))["image"].shape == (3, 8, 8, 1)
+    assert images.stored(np.arange(3))["image"].dtype == torch.uint8
+    batch = next(read_ahead(images, [np.arange(3)], device=torch.device("meta")))
+    assert batch["image"].device.type == "meta" and batch["label"].device.type == "meta"
+    assert batch["image"].shape == (3, 1, 8, 8) and batch["image"].dtype == torch.float32

@@ -76,10 +76,10 @@ def encoded(
     images = ImageBatches(data, split)
     device = next(autoencoder.parameters()).device
     places = [positions.numpy() for positions in torch.arange(len(images)).split(BATCH)]
-    bar = tqdm(read_ahead(images, places, workers), f"encoding {split}", len(places), unit="batch", leave=False)
+    bar = tqdm(read_ahead(images, places, workers, device), f"encoding {split}", len(places), unit="batch", leave=False)
     for batch in bar:
         with torch.no_grad():
-            yield batch, autoencoder.encode(batch["image"].to(device))
+            yield batch, autoencoder.encode(batch["image"])
 
 
 @torch.no_grad()

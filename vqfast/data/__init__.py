@@ -1,6 +1,6 @@
 """Image collections: one reader for folders, archives, shards and arrays, with a fixed held-out part; their latents."""
 
-from vqfast.data.batches import CodeBatches, ImageBatches, ShuffledSteps, read_ahead, to_float, to_uint8
+from vqfast.data.batches import CodeBatches, ImageBatches, ShuffledSteps, read_ahead, to_device, to_float, to_uint8
 from vqfast.data.errors import DataError
 from vqfast.data.images import ImageData
 from vqfast.data.latents import cached_latents, fingerprint
@@ -16,6 +16,7 @@ __all__ = [
     "fingerprint",
     "open_dataset",
     "read_ahead",
+    "to_device",
     "to_float",
     "to_uint8",
 ]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -13,10 +13,14 @@ from vqfast.data.augment import Augmentation, middle
 from vqfast.data.errors import DataError
 from vqfast.data.images import ImageData
 
+CPU = torch.device("cpu")
+# Batches that each worker may be ahead: on a machine that does other things too a worker can lose a tenth of a second.
+_WAITING = 4
 
-def to_float(images: np.ndarray) -> Tensor:
-    """(..., H, W, C) uint8 pixels to (..., C, H, W) float32 in [-1, 1]."""
-    channels_first = torch.from_numpy(images).movedim(-1, -3)
+
+def to_float(images: np.ndarray | Tensor) -> Tensor:
+    """(..., H, W, C) uint8 pixels to (..., C, H, W) float32 in [-1, 1], on the device where they are."""
+    channels_first = torch.as_tensor(images).movedim(-1, -3)
     # One pass and one new tensor, scaled in place: fresh memory costs more than the arithmetic.
     return channels_first.to(torch.float32, memory_format=torch.contiguous_format, copy=True).div_(127.5).sub_(1)
 
@@ -27,10 +31,19 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(pixels.round().to(torch.uint8).cpu().numpy(), -3, -1))
 
 
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A batch on a device. Images as stored, (B, H, W, C) uint8, travel as such and are scaled there."""
+    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    if "image" in moved and moved["image"].dtype == torch.uint8:
+        moved["image"] = to_float(moved["image"])
+    return moved
+
+
 class ImageBatches(Dataset):
     """Batches of one split of an `ImageData`, indexed by visits: visit v is of position v modulo the split's length.
 
-    An item is {"image": (B, C, H, W) float32 in [-1, 1], "label": (B,) int64 where the data has labels}.
+    An item is {"image": (B, C, H, W) float32 in [-1, 1], "label": (B,) int64 where the data has labels}. `stored` gives
+    the same with images as (B, H, W, C) uint8, a quarter of the bytes: what `read_ahead` asks its workers for.
 
     Args:
         data: the images.
@@ -68,12 +81,15 @@ class ImageBatches(Dataset):
         return len(self._positions)
 
     def __getitem__(self, visits: np.ndarray) -> dict[str, Tensor]:
+        return to_device(self.stored(visits), CPU)
+
+    def stored(self, visits: np.ndarray) -> dict[str, Tensor]:
         images, positions = self._data.read(self._positions[visits % len(self)])
         if self._augment is not None:
             images = self._augment(images, visits)
         elif self._crop is not None:
             images = middle(images, self._crop)
-        batch = {"image": to_float(images)}
+        batch = {"image": torch.as_tensor(images)}
         if self._data.labels is not None:
             batch["label"] = torch.from_numpy(self._data.labels[positions])
         return batch
@@ -111,22 +127,44 @@ class CodeBatches(Dataset):
         return batch
 
 
+class _Stored(Dataset):
+    """What a dataset has stored, for the way from a worker."""
+
+    def __init__(self, dataset: Dataset):
+        self._dataset = dataset
+
+    def __getitem__(self, visits: np.ndarray) -> dict[str, Tensor]:
+        return self._dataset.stored(visits)
+
+
 def read_ahead(
-    dataset: Dataset, visits: Iterable[np.ndarray], workers: int = 0, *, pinned: bool = False
+    dataset: Dataset, visits: Iterable[np.ndarray], workers: int = 0, device: torch.device = CPU
 ) -> Iterator[dict[str, Tensor]]:
     """Batches in order, prepared ahead.
 
     Args:
-        dataset: indexed by an array of visits, gives a batch of tensors.
+        dataset: indexed by an array of visits, gives a batch of tensors. If it has a method `stored` of the same
+            arguments, that is asked instead, and may leave images as (B, H, W, C) uint8.
         visits: an array for each batch.
         workers: processes that prepare batches; 0 prepares each when it is asked for.
-        pinned: in memory that a GPU copies from at once.
+        device: where the batches go, images as floats.
     """
     # A generator of its own: the loader would draw from the global one.
     numbers = torch.Generator()
-    loader = DataLoader(dataset, None, sampler=visits, num_workers=workers, pin_memory=pinned, generator=numbers)
+    pinned = device.type == "cuda"
+    source = _Stored(dataset) if hasattr(dataset, "stored") else dataset
+    loader = DataLoader(
+        source,
+        None,
+        sampler=visits,
+        num_workers=workers,
+        prefetch_factor=_WAITING if workers else None,
+        pin_memory=pinned,
+        generator=numbers,
+    )
     # Where batches are pinned the loader has such a thread of its own.
-    return _taken_early(iter(loader)) if workers and not pinned else iter(loader)
+    batches = _taken_early(iter(loader)) if workers and not pinned else iter(loader)
+    return map(partial(to_device, device=device), batches)
 
 
 def _taken_early(batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

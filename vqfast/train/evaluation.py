@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from vqfast.data import to_device
+
 HELD_OUT = "held_out"
 _MOST = 2048  # examples looked at
 _PICTURED = 8
@@ -55,7 +57,3 @@ def pictures_of(model: nn.Module, held_out: Dataset, device: torch.device, pictu
 def histograms_of(model: nn.Module) -> dict[str, Tensor]:
     """Histograms that the model offers, by name."""
     return model.histograms() if hasattr(model, "histograms") else {}
-
-
-def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

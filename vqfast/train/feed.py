@@ -9,7 +9,6 @@ from torch.utils.data import Dataset
 
 from vqfast.data import ShuffledSteps, read_ahead
 from vqfast.train.config import TrainConfig
-from vqfast.train.evaluation import to_device
 
 
 class Feed:
@@ -42,9 +41,9 @@ class Feed:
     def steps(self, start: int) -> Iterator[list[dict[str, Tensor]]]:
         """The batches of each step from `start` on."""
         places = self._places(start, self._config.steps, self._rank)
-        batches = read_ahead(self._dataset, places, self._config.workers, pinned=self._device.type == "cuda")
+        batches = read_ahead(self._dataset, places, self._config.workers, self._device)
         for _ in range(start, self._config.steps):
-            yield [to_device(next(batches), self._device) for _ in range(self._config.accumulation)]
+            yield [next(batches) for _ in range(self._config.accumulation)]
 
     def noise_seed(self, step: int, number: int, part: int) -> int:
         """Seed of the random numbers of a part's pass over batch `number` of a step.

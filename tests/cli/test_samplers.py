@@ -54,6 +54,18 @@ def test_every_family_of_noise_is_trained(runs, images, tmp_path, options, trans
     assert run(f"sample {tmp_path}/run -n 2 --steps 2 --out {tmp_path}/out --device cpu") == 0
 
 
+def test_every_option_of_the_loss_is_trained_with(runs, images, tmp_path):
+    chosen = "--aux-weight 0.01 --aux-schedule adaptive --weighting reweighted --parameterisation residual"
+    sizes = "--denoiser transformer --dim 16 --depth 1 --heads 2 --timesteps 10 --time-sampling uniform"
+    common = f"--vqvae {runs}/vqvae --data {images} --out {tmp_path}/run {sizes}"
+    tiny = "--steps 1 --batch-size 8 --eval-every 0 --device cpu --no-tensorboard"
+    assert run(f"train vqddm {common} {tiny} {chosen}") == 0
+    diffusion = load_model(tmp_path / "run", "vqddm").diffusion
+    assert (diffusion.aux_weight, diffusion.aux_schedule) == (0.01, "adaptive")
+    assert (diffusion.weighting, diffusion.parameterisation) == ("reweighted", "residual")
+    assert diffusion.time_sampling == "uniform"
+
+
 def test_decoding_by_confidence(runs, sample, tmp_path):
     drawn = sample("vqddm", "--decoding confidence --steps 3 --choice-temperature 0")
     model = load_model(runs / "vqddm", "vqddm")

@@ -46,6 +46,14 @@ class TrainVQDDM(CodeTraining):
     """Of the reverse step, in training and sampling: D3PM's and multinomial diffusion's, or VQ-Diffusion's."""
     aux_weight: float = 0.0
     """Weight of the cross-entropy of the clean codes beside the variational bound."""
+    aux_schedule: Literal["constant", "adaptive"] = "constant"
+    """Whether that weight is the same at every level, or falls from twice at the first to once at the last."""
+    weighting: Literal["elbo", "reweighted"] = "elbo"
+    """Of the levels in the loss: the bound itself, or the reweighted bound."""
+    parameterisation: Literal["x0", "residual"] = "x0"
+    """What the network gives: logits of the clean codes, or what is added to the one-hot of noisy ones (the noise)."""
+    time_sampling: Literal["importance", "uniform"] = "importance"
+    """How levels are drawn: those of large loss more often, or each alike."""
     training: TrainConfig = field(default_factory=lambda: TrainConfig(ema_decay=0.999))
 
     def model(self, autoencoder: AutoencoderConfig, num_classes: int | None) -> VQDDM:

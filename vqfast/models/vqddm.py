@@ -47,7 +47,7 @@ class VQDDMConfig:
         step, see vqfast.diffusion.gaussian_betas.
     num_classes: None for an unconditional model. class_dropout: share of labels dropped in training, which
         guidance and unconditional samples need.
-    rule, parameterisation, aux_weight, time_sampling, weighting: see vqfast.diffusion.DiscreteDiffusion.
+    rule, parameterisation, aux_weight, aux_schedule, time_sampling, weighting: see vqfast.diffusion.DiscreteDiffusion.
     """
 
     codebook_size: int
@@ -68,6 +68,7 @@ class VQDDMConfig:
     rule: str = "joint"
     parameterisation: str = "x0"
     aux_weight: float = 0.0
+    aux_schedule: str = "constant"
     time_sampling: str = "importance"
     weighting: str = "elbo"
 
@@ -145,6 +146,7 @@ class VQDDM(nn.Module):
             rule=config.rule,
             parameterisation=config.parameterisation,
             aux_weight=config.aux_weight,
+            aux_schedule=config.aux_schedule,
             time_sampling=config.time_sampling,
             weighting=config.weighting,
         )

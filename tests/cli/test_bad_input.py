@@ -44,7 +44,7 @@ TABLE = {
     "share": "{run:dqvae} --out {out}",
     "presets": "",
     "compare vqddm": "--vqvae {run:vqvae} --data {images} --out {out}",
-    "compare dqvae": "--data {images} --image-size 16 --crop 16 --side 6 --out {out}",
+    "compare dqvae": "--data {images} --image-size 16 --crop 16 --cell 4 --side 6 --out {out}",
     "compare generation": "--dqvae {run:dqvae} --data {images} --out {out}",
     "demo": "--out {out}",
     "doctor": "",

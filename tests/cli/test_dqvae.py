@@ -61,7 +61,7 @@ def test_what_does_not_fit_is_one_line(folder, tmp_path, capsys):
     assert "target_codes: expected from 64 (all coarse) to 256 (all fine), got 10" in capsys.readouterr().err
     assert run(f"train dqvae {out} --shares 0.5 0.5 {TINY}") == 2
     assert "shares: expected one for each of 1 finer grains" in capsys.readouterr().err
-    assert run(f"compare dqvae {out} --image-size 16 --crop 16 --side 6") == 2
+    assert run(f"compare dqvae {out} --image-size 16 --crop 16 --cell 4 --side 6") == 2
     assert "side: expected one of [5, 7], whose square two grains can reach, got 6" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -81,7 +81,7 @@ def test_a_released_checkpoint_gives_what_it_gave_there(golden, tmp_path, capsys
 
 
 def test_comparing_writes_figures_and_pictures(folder, tmp_path):
-    command = f"compare dqvae --data {folder}/images.npz --out {tmp_path}/out --image-size 16 --crop 16"
+    command = f"compare dqvae --data {folder}/images.npz --out {tmp_path}/out --image-size 16 --crop 16 --cell 4"
     assert run(f"{command} --steps 2 --batch-size 2 --codebook-size 16 --held-out 4 --side 7") == 0
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     names = [row["name"] for row in found["results"]]

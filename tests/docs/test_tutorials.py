@@ -32,7 +32,7 @@ TINY = {
     "report": "",
     "compare vqddm": f"{JUDGED} --image-size 16 --seeds 1 --held-out 4 --dim 48 --depth 1 --timesteps 10 --steps 2 "
     "--vqvae-steps 2 --resamples 9 --device cpu",
-    "compare dqvae": "--image-size 32 --crop 16 --side 7 --steps 2 --batch-size 2 --held-out 4",
+    "compare dqvae": "--image-size 32 --crop 16 --cell 4 --side 7 --steps 2 --batch-size 2 --held-out 4",
     "compare generation": f"{JUDGED} --dim 32 --position-depth 1 --content-depth 1",
 }
 # Numbers that fit photos of another size, and weights that nobody has here.

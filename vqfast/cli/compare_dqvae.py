@@ -27,13 +27,15 @@ class CompareDQVAE:
     """Folder of images, .zip or .npz file."""
     out: Path
     """Folder to make: results.json, results.md, curve.png, grains.png."""
-    image_size: int = 128
+    image_size: int = 256
     """Resize images to this many pixels a side before they are cropped."""
-    crop: int = 32
+    crop: int = 64
     """Pixels a side of a crop."""
+    cell: int = 8
+    """Pixels a side of a coarse code's cell, a power of two; a fine code's is half of it."""
     side: int = 11
     """Codes a side of the fixed grid that dynamic codes are compared with."""
-    steps: int = 1000
+    steps: int = 1200
     """Training steps of each network."""
     batch_size: int = 8
     """Crops a step."""
@@ -55,11 +57,14 @@ class CompareDQVAE:
             raise DataError(f"--crop: expected at most {self.image_size} pixels (--image-size), got {self.crop}")
         if not data.held_out.any():
             raise DataError(f"{self.data}: expected enough images to hold some out, got {len(data)}")
+        if self.cell < 2 or self.cell & (self.cell - 1) or self.crop % self.cell:
+            expected = f"expected a power of two above 1 that divides the crop of {self.crop}"
+            raise ValueError(f"cell: {expected}, got {self.cell}")
         config = DQVAEConfig(
             image_size=self.crop,
             in_channels=data.channels,
             channels=self.channels,
-            mults=(1, 1, 1),
+            mults=(1,) * self.cell.bit_length(),
             num_res_blocks=1,
             attention_resolutions=(),
             codebook_size=self.codebook_size,

@@ -63,6 +63,8 @@ def test_what_does_not_fit_is_one_line(folder, tmp_path, capsys):
     assert "shares: expected one for each of 1 finer grains" in capsys.readouterr().err
     assert run(f"compare dqvae {out} --image-size 16 --crop 16 --cell 4 --side 6") == 2
     assert "side: expected one of [5, 7], whose square two grains can reach, got 6" in capsys.readouterr().err
+    assert run(f"compare dqvae {out} --image-size 16 --crop 16 --cell 3") == 2
+    assert "cell: expected a power of two above 1 that divides the crop of 16, got 3" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -35,7 +35,7 @@ class CompareDQVAE:
     """Pixels a side of a coarse code's cell, a power of two; a fine code's is half of it."""
     side: int = 11
     """Codes a side of the fixed grid that dynamic codes are compared with."""
-    steps: int = 1200
+    steps: int = 1000
     """Training steps of each network."""
     batch_size: int = 8
     """Crops a step."""

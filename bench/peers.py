@@ -9,11 +9,13 @@ from bench.case import Case
 from bench.codebook import codebook_stats_case, quantize_step_case
 from bench.diffusion import diffusion_loss_case, p_sample_case, q_sample_case
 from bench.packing import dynamic_quantize_case, dynamic_quantize_step_case, pack_case, unpack_case
+from bench.residual import residual_nearest_case
 from bench.search import nearest_case
-from vqfast.kernels.specs import CODEBOOK_STATS, DIFFUSION_LOSS, NEAREST, P_SAMPLE, Q_SAMPLE
+from vqfast.kernels.specs import CODEBOOK_STATS, DIFFUSION_LOSS, NEAREST, P_SAMPLE, Q_SAMPLE, RESIDUAL_NEAREST
 
 CASES: dict[str, Callable[[Mapping[str, Any], torch.dtype, str], Case]] = {
     "nearest": nearest_case,
+    "residual_nearest": residual_nearest_case,
     "quantize_step": quantize_step_case,
     "codebook_stats": codebook_stats_case,
     "q_sample": q_sample_case,
@@ -49,6 +51,7 @@ def _noised_shapes(shape: Mapping[str, Any]) -> list:
 # Seconds on two cores: the specs' own sizes.
 CPU_SHAPES = {
     "nearest": [(shape, F32) for shape in NEAREST.bench_shapes],
+    "residual_nearest": [(shape, F32) for shape in RESIDUAL_NEAREST.bench_shapes],
     "quantize_step": [(dict(N=8192, K=1024, D=256), F32), (dict(N=8192, K=8192, D=64), F32)],
     "codebook_stats": [(shape, F32) for shape in CODEBOOK_STATS.bench_shapes],
     "q_sample": [(shape, torch.int64) for shape in Q_SAMPLE.bench_shapes],
@@ -75,6 +78,7 @@ CUDA_SHAPES = {
         (dict(N=262144, K=16384, D=8), BF16),
         (dict(N=8192, K=1024, D=256), BF16),
     ],
+    "residual_nearest": [(dict(N=262144, K=1024, D=64, Q=8), F32)],
     "quantize_step": [(dict(N=65536, K=8192, D=64), F32), (dict(N=65536, K=1024, D=256), F32)],
     "codebook_stats": [(dict(N=65536, K=8192, D=64), F32), (dict(N=262144, K=1024, D=256), F32)],
     "q_sample": [(_TOKENS, torch.int64)],
@@ -90,6 +94,7 @@ CUDA_SHAPES = {
 # One of each kind of op, in milliseconds: for the tests of the benchmarks themselves.
 TINY_SHAPES = {
     "nearest": [(dict(N=256, K=64, D=16), F32)],
+    "residual_nearest": [(dict(N=256, K=32, D=8, Q=3), F32)],
     "quantize_step": [(dict(N=256, K=32, D=8), F32)],
     "codebook_stats": [(dict(N=256, K=32, D=8), F32)],
     "q_sample": [(dict(B=4, L=64, K=32, T=100), torch.int64)],

@@ -12,6 +12,7 @@ _DYNAMIC = ("nearest", "lookup", "codebook_stats", "pack", "unpack", "dynamic_lo
 # Folders of kernels/ that a benchmark goes through.
 KERNELS = {
     "nearest": ("nearest",),
+    "residual_nearest": ("nearest", "residual_nearest"),
     "quantize_step": ("nearest", "lookup", "codebook_stats"),
     "codebook_stats": ("codebook_stats",),
     "q_sample": ("q_sample", "posterior"),
@@ -26,6 +27,7 @@ KERNELS = {
 # First words of file names in csrc that belong to some ops only; every other file counts for all.
 _FAMILIES = {
     "nearest": {"nearest", "tensor"},
+    "residual_nearest": {"residual"},
     "lookup": {"codebook", "lookup"},
     "codebook_stats": {"codebook"},
     "q_sample": {"diffusion", "sampling"},

@@ -48,6 +48,15 @@ void nearest_prepare(int dtype, int metric, int64_t heads, int64_t D, uintptr_t 
                                    K, pointer<void>(prepared)));
 }
 
+void residual_nearest(int dtype, const py::tuple &x, int64_t D, uintptr_t codebooks, int64_t Q, int64_t stride_stage,
+                      int64_t K, uintptr_t mask, uintptr_t indices, uintptr_t quantized) {
+  const vqfast_rows view = rows(x);
+  py::gil_scoped_release release;
+  check(vqfast_cpu_residual_nearest((vqfast_dtype)dtype, view, D, pointer<const void>(codebooks), Q, stride_stage, K,
+                                    pointer<const uint8_t>(mask), pointer<int64_t>(indices),
+                                    pointer<void>(quantized)));
+}
+
 void lookup(int dtype, const py::tuple &x, int64_t D, uintptr_t codebook, int64_t K, uintptr_t indices,
             uintptr_t quantized, uintptr_t error, uintptr_t counts) {
   const vqfast_rows view = rows(x);
@@ -188,6 +197,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa_error", [] { return vqfast::isa_error(); });
   m.def("nearest", &nearest);
   m.def("nearest_prepare_bytes", &vqfast_cpu_nearest_prepare_bytes);
+  m.def("residual_nearest", &residual_nearest);
   m.def("lookup", &lookup);
   m.def("lookup_backward", &lookup_backward);
   m.def("codebook_stats", &codebook_stats);

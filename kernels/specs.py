@@ -13,12 +13,14 @@ from vqfast.kernels.pack.spec import SPEC as PACK
 from vqfast.kernels.position_mask.spec import SPEC as POSITION_MASK
 from vqfast.kernels.posterior.spec import SPEC as POSTERIOR
 from vqfast.kernels.q_sample.spec import SPEC as Q_SAMPLE
+from vqfast.kernels.residual_nearest.spec import SPEC as RESIDUAL_NEAREST
 from vqfast.kernels.transition_matmul.spec import SPEC as TRANSITION_MATMUL
 from vqfast.kernels.unpack.spec import BACKWARD_SPEC as UNPACK_BACKWARD
 from vqfast.kernels.unpack.spec import SPEC as UNPACK
 
 SPECS = (
     NEAREST,
+    RESIDUAL_NEAREST,
     LOOKUP,
     LOOKUP_BACKWARD,
     CODEBOOK_STATS,

@@ -49,6 +49,14 @@ int64_t vqfast_cpu_nearest_prepare_bytes(int64_t heads, int64_t D, int64_t K);
 int vqfast_cpu_nearest_prepare(vqfast_dtype dtype, vqfast_metric metric, int64_t heads, int64_t D,
                                const void *codebook, int64_t K, void *prepared);
 
+/* residual_nearest: indices (N, Q) of the codes nearest to what the stages before have left of each row, and their sum,
+ * quantized (N, D) of `dtype`; what is left and the sum are rounded to `dtype` after each stage. codebooks: Q of (K, D),
+ * stride_stage elements apart, 0 where all stages have the same. mask (N) bytes or null: where 0, the indices are -1 and
+ * the sum 0. */
+int vqfast_cpu_residual_nearest(vqfast_dtype dtype, vqfast_rows x, int64_t D, const void *codebooks, int64_t Q,
+                                int64_t stride_stage, int64_t K, const uint8_t *mask, int64_t *indices,
+                                void *quantized);
+
 /* lookup: quantized (N, D) of `dtype`, error (N) float32 (float64 for F64), counts (K). indices[n] in -1..K-1. */
 int vqfast_cpu_lookup(vqfast_dtype dtype, vqfast_rows x, int64_t D, const void *codebook, int64_t K,
                       const int64_t *indices, void *quantized, void *error, int64_t *counts);

@@ -151,6 +151,31 @@ def test_each_stage_quantises_what_those_before_it_left(shared):
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(shared_codebook=True),
+        dict(codebook_dim=3, accept_image_fmap=True),
+        dict(channel_last=False, return_zeros_for_masked_padding=False),
+        dict(learnable_codebook=True, ema_update=False),
+        dict(use_cosine_sim=True),
+        dict(quantize_dropout=True),
+    ],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_codes_alone_are_what_the_stages_give_one_by_one(options, masked):
+    vq = with_codes(ResidualVQ(**SIZES | options)).eval()
+    first = not options.get("channel_last", True) or "accept_image_fmap" in options
+    x = torch.randn((2, 6, 5, 7) if first else (2, 5, 7, 6))
+    mask = torch.rand(2, 5, 7) < 0.6 if masked else None
+    by_stages = vq(x.requires_grad_(), mask, return_all_codes=True)
+    with torch.no_grad():
+        alone = vq(x, mask, return_all_codes=True)
+    for name, ours, theirs in zip(("quantized", "indices", "losses", "codes"), alone, by_stages, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize(
     ("options", "shape", "indices_shape"),
     [
         (dict(), (5, 6), (5, 4)),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vqfast.nn.layout import channels_last
 from vqfast.nn.vector_quantize import VectorQuantize
+from vqfast.ops import residual_nearest
 
 
 class ResidualVQ(nn.Module):
@@ -107,8 +108,9 @@ class ResidualVQ(nn.Module):
     @property
     def codebooks(self) -> Tensor | tuple[Tensor, ...]:
         """(Q, K, codebook_dim), or a tuple of (K_q, codebook_dim) where sizes differ."""
-        codebooks = tuple(stage.codebook for stage in self._stages())
-        return torch.stack(codebooks) if len(set(self.codebook_sizes)) == 1 else codebooks
+        if len(set(self.codebook_sizes)) == 1:
+            return self._stacked_codebooks()
+        return tuple(stage.codebook for stage in self.layers)
 
     def forward(
         self,
@@ -149,6 +151,11 @@ class ResidualVQ(nn.Module):
         if self.has_projections:
             residual = self.project_in(residual.to(self.project_in.weight.dtype))
         residual = residual.to(self.layers[0].codebook.dtype)
+        if self._only_codes(residual):
+            total, indices = residual_nearest(residual, self._stacked_codebooks(), mask=mask)
+            losses = total.new_zeros(self.num_quantizers, dtype=torch.promote_types(total.dtype, torch.float32))
+            result = self._output(total, vectors, mask), indices, losses
+            return (*result, self.get_codes_from_indices(indices)) if return_all_codes else result
         kept = self._kept_stages(rand_quantize_dropout_fixed_seed)
 
         total, indices, losses = torch.zeros_like(residual), [], []
@@ -189,6 +196,19 @@ class ResidualVQ(nn.Module):
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """(B, ..., Q) int64 to the quantised vectors (B, ..., D): channels last, for images too."""
         return self.project_out(self.get_codes_from_indices(indices).sum(0))
+
+    def _only_codes(self, residual: Tensor) -> bool:
+        """Whether nothing is asked of the stages but their codes: no loss, no gradient, no step of a codebook."""
+        plain = not any(stage.use_cosine_sim for stage in self.layers) and len(set(self.codebook_sizes)) == 1
+        learns = torch.is_grad_enabled() and (residual.requires_grad or self._stages()[0].codebook.requires_grad)
+        return plain and not self.training and not learns
+
+    def _stacked_codebooks(self) -> Tensor:
+        """(Q, K, codebook_dim); one that all stages share is not copied."""
+        if self.shared_codebook:
+            codebook = self.layers[0].codebook
+            return codebook.expand(self.num_quantizers, *codebook.shape)
+        return torch.stack([stage.codebook for stage in self.layers])
 
     def _stages(self) -> list[VectorQuantize]:
         return list(self.layers) * (self.num_quantizers if self.shared_codebook else 1)

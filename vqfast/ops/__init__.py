@@ -7,6 +7,7 @@ from vqfast.ops.matrix_transitions import Dense, Gaussian, Nearest, SymmetricRat
 from vqfast.ops.packing import Packed, grain_entropy, pack, position_mask, unpack
 from vqfast.ops.padded import Padded, from_padded, special_tokens, to_padded
 from vqfast.ops.prepared import PreparedCodebook, prepare
+from vqfast.ops.residual import ResidualCodes, residual_nearest
 from vqfast.ops.search import Quantized, codebook_stats, nearest_code, quantize
 from vqfast.ops.transitions import Absorbing, Marginal, MaskAndReplace, Transition, Uniform
 
@@ -22,6 +23,7 @@ __all__ = [
     "Padded",
     "PreparedCodebook",
     "Quantized",
+    "ResidualCodes",
     "SymmetricRate",
     "Transition",
     "Uniform",
@@ -42,6 +44,7 @@ __all__ = [
     "prior_kl",
     "q_sample",
     "quantize",
+    "residual_nearest",
     "special_tokens",
     "to_padded",
     "transition_matmul",

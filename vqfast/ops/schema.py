@@ -45,6 +45,10 @@ def _nearest_prepare(codebook: Tensor, metric: str) -> Tensor:
     return codebook.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
 
+def _residual_nearest(x: Tensor, codebooks: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return x.new_empty((*x.shape[:-1], codebooks.shape[0]), dtype=torch.int64), x.new_empty(x.shape)
+
+
 def _lookup(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape),
@@ -200,6 +204,7 @@ _SEARCH = 'Tensor x, Tensor codebook, Tensor? mask=None, Tensor? prepared=None, 
 _define(f"nearest({_SEARCH}) -> Tensor", _nearest)
 _define(f"nearest_counted({_SEARCH}) -> (Tensor, Tensor)", _nearest_counted)
 _define("nearest_prepare(Tensor codebook, str metric) -> Tensor", _nearest_prepare)
+_define("residual_nearest(Tensor x, Tensor codebooks, Tensor? mask=None) -> (Tensor, Tensor)", _residual_nearest)
 _define("lookup(Tensor x, Tensor codebook, Tensor indices) -> (Tensor, Tensor, Tensor)", _lookup)
 _define(
     "lookup_backward(Tensor grad_quantized, Tensor grad_error, Tensor x, Tensor codebook, Tensor indices) -> Tensor",

@@ -5,6 +5,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from vqfast.kernels.residual_nearest.reference import residual_nearest
 from vqfast.ops.backends.layout import DTYPE, METRIC, as_heads, as_rows, as_vectors
 
 
@@ -59,6 +60,7 @@ class CompiledKernels:
         return {
             "nearest": self.nearest,
             "nearest_counted": self.nearest_counted,
+            "residual_nearest": self.residual_nearest,
             "lookup": self.lookup,
             "lookup_backward": self.lookup_backward,
             "codebook_stats": self.codebook_stats,
@@ -124,6 +126,10 @@ class CompiledKernels:
         indices, counted = self._search(x, codebook, mask, prepared, metric, exact, reranked)
         # A launcher on the host returns its count; one on a device has written it.
         return indices, reranked if counted is None else reranked.fill_(counted)
+
+    def residual_nearest(self, x: Tensor, codebooks: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """A search a stage."""
+        return residual_nearest(x, codebooks, mask, self.nearest)
 
     def lookup(self, x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows, codebook, indices = as_rows(x), codebook.contiguous(), indices.contiguous()

@@ -45,6 +45,21 @@ def _nearest_prepare(codebook: Tensor, metric: str) -> Tensor:
     return prepared
 
 
+def _residual_nearest(x: Tensor, codebooks: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """All stages of a chunk of rows before the next."""
+    rows, (Q, K, D) = as_rows(x), codebooks.shape
+    stride = codebooks.stride(0)
+    # One codebook that was expanded stays one.
+    codebooks = codebooks[0].contiguous() if stride == 0 else codebooks.contiguous()
+    mask = None if mask is None else mask.contiguous()
+    indices, quantized = x.new_empty((*x.shape[:-1], Q), dtype=torch.int64), x.new_empty(x.shape)
+    _cpu.residual_nearest(
+        DTYPE[x.dtype], rows.view, D, codebooks.data_ptr(), Q, K * D if stride else 0, K,
+        0 if mask is None else mask.data_ptr(), indices.data_ptr(), quantized.data_ptr(),
+    )  # fmt: skip
+    return indices, quantized
+
+
 def _dynamic_lookup(
     features: Tensor, codebook: Tensor, indices: Tensor, grains: Tensor, num_grains: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,6 +117,7 @@ def _looks_at_values(op: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 KERNELS = CompiledKernels(_cpu).kernels() | {
     "nearest_prepare": _nearest_prepare,
+    "residual_nearest": _residual_nearest,
     "transition_matmul": by_samples,
     "dynamic_lookup": _dynamic_lookup,
     "dynamic_lookup_backward": _dynamic_lookup_backward,

@@ -14,6 +14,7 @@ from vqfast.kernels.pack.reference import pack
 from vqfast.kernels.position_mask.reference import position_mask
 from vqfast.kernels.posterior.reference import posterior
 from vqfast.kernels.q_sample.reference import q_sample
+from vqfast.kernels.residual_nearest.reference import residual_nearest
 from vqfast.kernels.transition_matmul.library import by_batches
 from vqfast.kernels.unpack.reference import unpack, unpack_backward
 
@@ -96,6 +97,7 @@ KERNELS = {
     "nearest": _nearest,
     "nearest_counted": _nearest_counted,
     "nearest_prepare": _nearest_prepare,
+    "residual_nearest": residual_nearest,
     "lookup": lookup,
     "lookup_backward": lookup_backward,
     "codebook_stats": codebook_stats,

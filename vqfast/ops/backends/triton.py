@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vqfast.kernels.residual_nearest.reference import residual_nearest
 from vqfast.ops.backends.layout import as_rows
 
 NAME = "triton"
@@ -79,6 +80,10 @@ def _nearest(*args: Any) -> Tensor:
 def _nearest_prepare(codebook: Tensor, metric: str) -> Tensor:
     """Nothing: each search centres the codebook as it goes."""
     return codebook.new_empty(0, dtype=torch.uint8)
+
+
+def _residual_nearest(x: Tensor, codebooks: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return residual_nearest(x, codebooks, mask, _nearest)
 
 
 def _lookup(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 Environment:
     VQFAST_CUDA=0        leave the CUDA extension out
-    VQFAST_CUDA_ARCHS    targets, default "80;90;100" (PTX of the last is added for newer devices)
+    VQFAST_CUDA_ARCHS    targets, default "80;90;100" (PTX of the last is added for newer devices; 90 brings files named
+                         *_hopper.cu for sm_90a, whose instructions no other target has)
     CUDA_HOME            where the toolkit is, if not in /usr/local/cuda or on PATH
     MAX_JOBS             how many compilers run at once
 """
@@ -86,17 +87,24 @@ def write_ninja(cuda: Path | None) -> None:
 
     if cuda is not None:
         archs = cuda_archs()
+        hopper = "90" in archs
         gencode = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
         gencode += f" -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
+        define = "-DVQFAST_HOPPER " if hopper else ""
         lines.append(
             f"rule nvcc\n  command = {cuda}/bin/nvcc -MMD -MF $out.d -std=c++17 -O3 "
-            f"-Xcompiler -fPIC,-fvisibility=hidden -Werror all-warnings -I{CSRC}/include {gencode} -c $in -o $out\n"
+            f"-Xcompiler -fPIC,-fvisibility=hidden -Werror all-warnings {define}-I{CSRC}/include $gencode -c $in -o $out\n"
             "  depfile = $out.d\n  deps = gcc\n  description = CUDA $in"
         )
         objects = []
         for source in sorted((CSRC / "cuda").glob("*.cu")):
+            own = gencode
+            if source.stem.endswith("_hopper"):
+                if not hopper:
+                    continue
+                own = "-gencode arch=compute_90a,code=sm_90a"
             objects.append(f"{source.stem}.cu.o")
-            lines.append(f"build {objects[-1]}: nvcc {source}")
+            lines.append(f"build {objects[-1]}: nvcc {source}\n  gencode = {own}")
         targets = f'-DVQFAST_CUDA_TARGETS=\\"{",".join("sm_" + a for a in archs)}\\"'
         objects.append(compile_cxx(CSRC / "bind_cuda.cpp", f"{bind} -isystem {cuda}/include {targets}"))
         lib = next(p for p in (cuda / "lib64", cuda / "targets/x86_64-linux/lib", cuda / "lib") if p.exists())

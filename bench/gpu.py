@@ -2,7 +2,7 @@
 
 Needs a python3 with torch, triton, numpy, pytest, pybind11, setuptools and ninja; nvcc; no package index. Environment:
 
-    STAGE   comma-separated of build,test,sanitize,ceilings,bench (default all)
+    STAGE   comma-separated of build,test,sanitize,ceilings,scores,bench (default all)
     OPS     comma-separated ops to sanitise and benchmark (default all)
     OUT     folder for results (default bench/out): gpu.log, report.json, ceilings.json, <device>.csv, table.md, a chart
     LIMIT   seconds for everything (default 540)
@@ -21,10 +21,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("build", "test", "sanitize", "ceilings", "bench")
+STAGES = ("build", "test", "sanitize", "ceilings", "scores", "bench")
 # Seconds that a stage may take; it gets less where the total runs out, and the stages after it keep their share of it.
-MOST = {"build": 150, "test": 150, "sanitize": 120, "ceilings": 40, "bench": 260}
-SHARE = {"build": 60, "test": 60, "sanitize": 60, "ceilings": 15, "bench": 120}
+MOST = {"build": 150, "test": 150, "sanitize": 120, "ceilings": 40, "scores": 40, "bench": 260}
+SHARE = {"build": 60, "test": 60, "sanitize": 60, "ceilings": 15, "scores": 20, "bench": 120}
 SANITIZERS = (("cuda", "memcheck"), ("cuda", "racecheck"), ("cuda", "synccheck"), ("triton", "memcheck"))
 PROBE = """
 import json, torch
@@ -161,6 +161,13 @@ def ceilings(session: Session, until: float) -> str:
     file = session.out / "ceilings.json"
     trouble, lines = session.run([sys.executable, "-m", "bench.ceilings", "--out", str(file)], until)
     show(lines, 6 if trouble else 2)
+    return trouble
+
+
+def scores(session: Session, until: float) -> str:
+    """Each kind of scores that a search can be made of, whichever is chosen by default."""
+    trouble, lines = session.run([sys.executable, "-m", "bench.search_scores"], until)
+    show(lines, 20)
     return trouble
 
 

@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <stdlib.h>
+
 #include <array>
 #include <stdexcept>
 #include <string>
@@ -21,6 +23,9 @@ std::string error_string(int code) {
 }
 
 void check(int code) {
+  if (code == VQFAST_BAD_SCORES)
+    throw py::value_error(std::string("VQFAST_CUDA_SCORES: expected float32, bfloat16 or hopper, got ") +
+                          getenv("VQFAST_CUDA_SCORES"));
   if (code != VQFAST_OK) throw std::runtime_error("vqfast: CUDA kernel failed: " + error_string(code));
 }
 

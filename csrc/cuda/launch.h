@@ -9,6 +9,7 @@ struct DeviceLimits {
   int multiprocessors;
   int shared_bytes;  // that a block may ask for
   int grid_x;
+  int capability;  // 90 is 9.0
 };
 
 struct LaunchPlan {
@@ -38,7 +39,8 @@ constexpr int kSearchThreads = 256;
 constexpr int kTileRows = 128, kTileCodes = 128, kTileFeatures = 8;
 constexpr int kSearchBlocksPerMultiprocessor = 2;
 constexpr int kTensorRows = 128, kTensorCodes = 256;
-constexpr int kListedCells = 24, kKeptCells = 8;  // of a row, while its scores come in and after
+constexpr int kListed = 24, kKept = 8;  // of a row, while its scores come in and after
+constexpr int kCodePadding = 512;  // whole tiles of every kind of scores
 constexpr int64_t kPackedBytes = (int64_t)128 << 20;
 
 // The codebook cut into `splits` parts, so that few rows fill the device too.
@@ -74,7 +76,7 @@ constexpr SearchPlan search_plan(int64_t N, int64_t D, int64_t K, DeviceLimits l
   plan.row_tiles = ceil_div(N, kTileRows);
   plan.code_tiles = ceil_div(K, kTileCodes);
   plan.parts = split_codes(plan.row_tiles, plan.code_tiles, (int64_t)kSearchBlocksPerMultiprocessor * limits.multiprocessors);
-  plan.padded_codes = ceil_div(K, kTensorCodes) * kTensorCodes;
+  plan.padded_codes = ceil_div(K, kCodePadding) * kCodePadding;
   plan.padded_features = ceil_div(D, kTileFeatures) * kTileFeatures;
   plan.exact_blocks = at_most(4 * (int64_t)limits.multiprocessors, limits.grid_x);
   return plan;
@@ -99,7 +101,7 @@ constexpr TensorPlan tensor_plan(int64_t N, int64_t D, int64_t K, DeviceLimits l
   plan.pitch = (int)ceil_div(D, 16) * 16;
   const int64_t panels = ceil_div(plan.pitch, 64), stage = kTensorCodes * 128;
   // Two kilobytes stay for the kernel's other variables.
-  const int64_t room = limits.shared_bytes - kTensorRows * kListedCells * 8 - 2048 - panels * kTensorRows * 128;
+  const int64_t room = limits.shared_bytes - kTensorRows * kListed * 8 - 2048 - panels * kTensorRows * 128;
   plan.stages = room >= 3 * stage ? 3 : room >= 2 * stage ? 2 : 0;
   plan.chunk = at_most(N, at_least(1, at_most(kPackedBytes / (plan.pitch * 2 * kTensorRows), limits.grid_x)) * kTensorRows);
   plan.code_tiles = ceil_div(K, kTensorCodes);
@@ -110,6 +112,54 @@ constexpr TensorPlan tensor_plan(int64_t N, int64_t D, int64_t K, DeviceLimits l
 
 constexpr LaunchPlan tensor_scores_plan(const TensorPlan &plan, int64_t n) {
   return {(unsigned)ceil_div(n, kTensorRows), (unsigned)plan.parts.splits, kSearchThreads, plan.shared_bytes};
+}
+
+// Scores by products of warpgroups, for compute capability 9.0: rows stay in shared memory, codes come through a ring.
+constexpr int kHopperStages = 8, kStageBytes = 16 << 10, kHopperListed = 16;
+
+struct HopperPlan {
+  int groups;      // warpgroups that multiply, of 64 rows each; 0: too many features
+  int panel;       // log2 of the bytes that a vector has in a panel
+  int panels;
+  int stages;      // of the ring
+  bool with_bias;  // among the features, which then take one panel of less than 128 bytes
+  int64_t chunk;   // rows packed at a time
+  int64_t room;    // for whole tiles of them
+  int64_t shared_bytes;
+  int tile_codes;  // at least two products' and a stage's
+  int64_t code_tiles;
+  CodeSplits parts;
+};
+
+constexpr HopperPlan hopper_plan(int64_t N, int64_t D, int64_t K, DeviceLimits limits) {
+  HopperPlan plan = {};
+  plan.with_bias = D + 3 <= 32;
+  const int64_t bytes = 2 * (plan.with_bias ? D + 3 : D);
+  plan.panel = !plan.with_bias ? 7 : bytes <= 32 ? 5 : 6;
+  plan.panels = (int)ceil_div(bytes, (int64_t)1 << plan.panel);
+  if (limits.capability != 90) return plan;
+  for (int groups = 3; groups >= 2 && plan.groups == 0; --groups) {
+    const int64_t rows = 64 * groups, kept = plan.panels * rows << plan.panel;
+    // The kernel's other variables; and a kilobyte until an operand can start.
+    const int64_t own = rows * (kHopperListed * 8 + 8) + 1024 + 1024;
+    const int64_t stages = at_most((limits.shared_bytes - own - kept) / kStageBytes, kHopperStages);
+    // A warpgroup that waits for a stage may hold the one before. Narrow panels leave room for three.
+    if (stages < groups || (groups == 2 && plan.panel < 7)) continue;
+    plan.groups = groups;
+    plan.stages = (int)stages;
+    plan.shared_bytes = 1024 + kept + stages * kStageBytes;
+    plan.chunk = at_most(N, at_least(1, kPackedBytes / (plan.panels * rows << plan.panel)) * rows);
+    plan.room = ceil_div(plan.chunk, rows) * rows;
+    plan.tile_codes = (int)at_least(256, kStageBytes >> plan.panel);
+    plan.code_tiles = ceil_div(K, plan.tile_codes);
+    plan.parts = split_codes(ceil_div(plan.chunk, rows), plan.code_tiles, limits.multiprocessors);
+  }
+  return plan;
+}
+
+constexpr LaunchPlan hopper_scores_plan(const HopperPlan &plan, int64_t n, DeviceLimits limits) {
+  const int64_t items = ceil_div(n, 64 * plan.groups) * plan.parts.splits;
+  return {(unsigned)at_most(items, limits.multiprocessors), 1, (unsigned)(128 * (plan.groups + 1)), plan.shared_bytes};
 }
 
 // ---- softmax over a row of K scores --------------------------------------------------------------------------------

@@ -1,39 +1,64 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "nearest_choose.cuh"
+#include "nearest_hopper.h"
+#include "nearest_packing.cuh"
 #include "nearest_tensor.cuh"
-#include "runtime.h"
 
 namespace vqfast {
 namespace {
 
-// What scores are made of. Unmeasured: where tensor cores could fill their tiles. VQFAST_CUDA_SCORES=float32 or bfloat16
-// chooses one wherever it can serve.
-bool by_tensor_cores(int64_t N, const TensorPlan &plan, int64_t K) {
-  const char *wanted = getenv("VQFAST_CUDA_SCORES");
-  if (plan.stages == 0 || (wanted && strcmp(wanted, "float32") == 0)) return false;
-  return (wanted && strcmp(wanted, "bfloat16") == 0) || (N >= 512 && K >= 512);
+enum class Scores { by_size, float32, bfloat16, hopper };
+
+// VQFAST_CUDA_SCORES; false where it names no kind of scores.
+bool read_scores(Scores &wanted) {
+  const char *name = getenv("VQFAST_CUDA_SCORES");
+  const auto is = [&](const char *kind) { return strcmp(name, kind) == 0; };
+  if (name == nullptr || is(""))
+    wanted = Scores::by_size;
+  else if (is("float32"))
+    wanted = Scores::float32;
+  else if (is("bfloat16"))
+    wanted = Scores::bfloat16;
+  else if (is("hopper"))
+    wanted = Scores::hopper;
+  else
+    return false;
+  return true;
+}
+
+// What scores are made of: what is wanted where it can serve, else the next best. Unmeasured: the size from which tensor
+// cores could fill their tiles; and products of warpgroups, which are left to whoever asks for them until a device has
+// shown that they are right.
+Scores choose_scores(Scores wanted, int64_t N, int64_t K, const TensorPlan &tensor, const HopperPlan &hopper) {
+  if (wanted == Scores::hopper && kHopperBuilt && hopper.groups > 0) return Scores::hopper;
+  if (wanted == Scores::float32 || tensor.stages == 0) return Scores::float32;
+  return wanted != Scores::by_size || (N >= 512 && K >= 512) ? Scores::bfloat16 : Scores::float32;
 }
 
 struct SearchMemory {
   SearchPlan plan;
   TensorPlan tensor;
-  bool by_tensor;
+  HopperPlan hopper;
+  Scores scores;
   SearchState *state;
   CentredCodes codes;
   Leaders leaders = {};
+  int64_t chunk = 0, splits = 0;  // rows that tensor cores score at a time, parts of the codebook
   TensorFacts *facts = nullptr;
   PackedVectors rows = {}, packed = {};
   float *reach = nullptr;
-  KeptCells kept = {};
+  KeptCandidates kept = {};
   OpenRows open;
   Nearest *nearest;
   int64_t bytes;
 
-  SearchMemory(int64_t N, int64_t D, int64_t K, const DeviceLimits &limits, void *base)
+  SearchMemory(Scores wanted, int64_t N, int64_t D, int64_t K, const DeviceLimits &limits, void *base)
       : plan(search_plan(N, D, K, limits)),
         tensor(tensor_plan(N, D, K, limits)),
-        by_tensor(by_tensor_cores(N, tensor, K)) {
+        hopper(hopper_plan(N, D, K, limits)),
+        scores(choose_scores(wanted, N, K, tensor, hopper)) {
     Scratch scratch(base);
     state = scratch.take<SearchState>(1);
     codes.centre = scratch.take<float>(D);
@@ -41,18 +66,26 @@ struct SearchMemory {
     codes.codes = scratch.take<float>(plan.padded_features * plan.padded_codes);
     codes.bias = scratch.take<float>(plan.padded_codes);
     codes.pitch = plan.padded_codes;
-    if (by_tensor) {
-      const int64_t cells = tensor.parts.splits * tensor.chunk;
-      facts = scratch.take<TensorFacts>(1);
-      packed = {scratch.take<bf16>(plan.padded_codes * tensor.pitch), tensor.pitch};
-      rows = {scratch.take<bf16>(tensor.chunk * tensor.pitch), tensor.pitch};
-      reach = scratch.take<float>(tensor.chunk);
-      kept = {scratch.take<float>(cells), scratch.take<int>(cells), scratch.take<Cell>(cells * kKeptCells)};
-    } else {
+    if (scores == Scores::float32) {
       leaders.best = scratch.take<float>(plan.parts.splits * N);
       leaders.second = scratch.take<float>(plan.parts.splits * N);
       leaders.code = scratch.take<int>(plan.parts.splits * N);
       leaders.squared_norm = scratch.take<float>(N);
+    } else {
+      const bool panels = scores == Scores::hopper;
+      chunk = panels ? hopper.chunk : tensor.chunk;
+      splits = panels ? hopper.parts.splits : tensor.parts.splits;
+      const auto vectors = [&](int64_t count) {
+        const int pitch = panels ? hopper.panels << (hopper.panel - 1) : tensor.pitch;
+        return PackedVectors{scratch.take<bf16>(count * pitch), pitch, panels ? hopper.panel : 0, count,
+                             panels && hopper.with_bias};
+      };
+      facts = scratch.take<TensorFacts>(1);
+      packed = vectors(plan.padded_codes);
+      rows = vectors(panels ? hopper.room : chunk);
+      reach = scratch.take<float>(chunk);
+      kept = {scratch.take<float>(splits * chunk), scratch.take<int>(splits * chunk),
+              scratch.take<Candidate>(splits * chunk * kKept)};
     }
     open.row = scratch.take<int64_t>(N);
     open.threshold = scratch.take<double>(N);
@@ -76,30 +109,34 @@ void by_float32(Launcher &launch, const SearchMemory &memory, vqfast_metric metr
 // The same, scores by tensor cores.
 template <typename T>
 void by_tensor_cores(Launcher &launch, const SearchMemory &memory, vqfast_metric metric, int exact, const Rows<T> &x,
-                     int64_t N, int64_t D, const T *codebook, int64_t K, Found found, int64_t *reranked) {
+                     int64_t N, int64_t D, const T *codebook, Found found, int64_t *reranked) {
   const DeviceLimits &limits = launch.limits();
-  const TensorPlan &plan = memory.tensor;
   launch.zero(memory.facts, sizeof *memory.facts);
   launch(nearest_tensor_codes<T>, each_plan(memory.plan.padded_codes, 8, 256), metric, codebook, D,
          memory.plan.padded_codes, memory.codes, memory.packed, memory.state, memory.facts);
-  for (int64_t first = 0; first < N; first += plan.chunk) {
-    const int64_t n = at_most(plan.chunk, N - first);
+  for (int64_t first = 0; first < N; first += memory.chunk) {
+    const int64_t n = at_most(memory.chunk, N - first);
     launch(nearest_tensor_rows<T>, items_plan(n, 8, 256, limits), metric, exact, x, first, n, D, memory.codes,
            memory.state, memory.facts, memory.rows, memory.reach);
-    launch(plan.stages == 3 ? nearest_tensor_scores<3> : nearest_tensor_scores<2>, tensor_scores_plan(plan, n),
-           memory.rows, n, memory.packed, memory.codes.bias, memory.reach, (int)plan.code_tiles,
-           (int)plan.parts.tiles_per_split, memory.kept);
-    launch(nearest_choose<T>, items_plan(n, 8, 256, limits), metric, exact, x, first, n, D, codebook, K,
-           plan.parts.splits, memory.codes.bias, memory.kept, memory.reach, memory.state, memory.open, found, reranked);
+    if constexpr (kHopperBuilt)
+      if (memory.scores == Scores::hopper)
+        launch_hopper_scores(launch, memory.hopper, memory.rows, n, memory.packed, memory.codes.bias, memory.reach,
+                             memory.kept);
+    if (memory.scores == Scores::bfloat16)
+      launch(memory.tensor.stages == 3 ? nearest_tensor_scores<3> : nearest_tensor_scores<2>,
+             tensor_scores_plan(memory.tensor, n), memory.rows, n, memory.packed, memory.codes.bias, memory.reach,
+             (int)memory.tensor.code_tiles, (int)memory.tensor.parts.tiles_per_split, memory.kept);
+    launch(nearest_choose<T>, items_plan(n, 8, 256, limits), metric, exact, x, first, n, D, codebook,
+           memory.splits, memory.kept, memory.reach, memory.state, memory.open, found, reranked);
   }
 }
 
 // One head.
 template <typename T>
-void nearest(Launcher &launch, vqfast_metric metric, int exact, const Rows<T> &x, int64_t N, int64_t D,
+void nearest(Launcher &launch, Scores wanted, vqfast_metric metric, int exact, const Rows<T> &x, int64_t N, int64_t D,
              const T *codebook, int64_t K, void *scratch, Found found, int64_t *reranked) {
   const DeviceLimits &limits = launch.limits();
-  const SearchMemory memory(N, D, K, limits, scratch);
+  const SearchMemory memory(wanted, N, D, K, limits, scratch);
   const SearchPlan &plan = memory.plan;
   const LaunchPlan exact_plan = {(unsigned)plan.exact_blocks, 1, kSearchThreads, 0};
   launch.zero(memory.state, sizeof *memory.state);
@@ -109,8 +146,8 @@ void nearest(Launcher &launch, vqfast_metric metric, int exact, const Rows<T> &x
     launch(nearest_factors<T>, items_plan(K, 8, 256, limits), codebook, K, D, memory.codes.factors);
   launch(nearest_codes<T>, each_plan(plan.padded_codes, 32, 256), metric, codebook, K, D, plan.padded_features,
          memory.codes, memory.state);
-  if (memory.by_tensor)
-    by_tensor_cores<T>(launch, memory, metric, exact, x, N, D, codebook, K, found, reranked);
+  if (memory.scores != Scores::float32)
+    by_tensor_cores<T>(launch, memory, metric, exact, x, N, D, codebook, found, reranked);
   else
     by_float32<T>(launch, memory, metric, exact, x, N, D, found);
   launch(nearest_exact<T>, exact_plan, metric, x, D, codebook, K, memory.codes, memory.state, memory.open,
@@ -125,8 +162,10 @@ void nearest(Launcher &launch, vqfast_metric metric, int exact, const Rows<T> &x
 using namespace vqfast;
 
 extern "C" int vqfast_cuda_nearest_scratch(int64_t N, int64_t D, int64_t K, int device, int64_t *bytes) {
+  Scores wanted;
+  if (!read_scores(wanted)) return VQFAST_BAD_SCORES;
   Launcher launch(device, nullptr);
-  *bytes = launch.ok() && N > 0 ? SearchMemory(N, D, K, launch.limits(), nullptr).bytes : 0;
+  *bytes = launch.ok() && N > 0 ? SearchMemory(wanted, N, D, K, launch.limits(), nullptr).bytes : 0;
   return launch.code();
 }
 
@@ -135,6 +174,8 @@ extern "C" int vqfast_cuda_nearest(vqfast_dtype dtype, vqfast_metric metric, int
                                    const void *, int64_t *indices, int64_t *reranked, void *scratch, int device,
                                    void *stream) {
   if (K > kMaxCodes) return VQFAST_CUDA_ERROR + (int)cudaErrorInvalidValue;
+  Scores wanted;
+  if (!read_scores(wanted)) return VQFAST_BAD_SCORES;
   Launcher launch(device, stream);
   const int64_t N = x.batch * x.rows;
   if (reranked) launch.zero(reranked, sizeof *reranked);
@@ -144,7 +185,7 @@ extern "C" int vqfast_cuda_nearest(vqfast_dtype dtype, vqfast_metric metric, int
     for (int64_t h = 0; h < heads; ++h) {
       vqfast_rows rows = x;
       rows.data = static_cast<const T *>(x.data) + h * stride_head;
-      nearest<T>(launch, metric, exact, rows, N, D, static_cast<const T *>(codebook) + h * K * D, K, scratch,
+      nearest<T>(launch, wanted, metric, exact, rows, N, D, static_cast<const T *>(codebook) + h * K * D, K, scratch,
                  {indices + h, mask ? mask + h : nullptr, heads}, reranked);
     }
   });

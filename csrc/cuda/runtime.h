@@ -19,6 +19,10 @@ class Launcher {
     ask(cudaDevAttrMultiProcessorCount, device, limits_.multiprocessors);
     ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, limits_.shared_bytes);
     ask(cudaDevAttrMaxGridDimX, device, limits_.grid_x);
+    int major = 0, minor = 0;
+    ask(cudaDevAttrComputeCapabilityMajor, device, major);
+    ask(cudaDevAttrComputeCapabilityMinor, device, minor);
+    limits_.capability = 10 * major + minor;
   }
   ~Launcher() {
     if (restore_) cudaSetDevice(previous_);

@@ -21,6 +21,7 @@ enum {
   VQFAST_BAD_DTYPE = 1,
   VQFAST_OUT_OF_MEMORY = 2,
   VQFAST_OUT_OF_RANGE = 3, /* a value of the arguments; only the ops that say so look */
+  VQFAST_BAD_SCORES = 4,   /* VQFAST_CUDA_SCORES names no kind of scores */
   VQFAST_CUDA_ERROR = 1000 /* + cudaError_t */
 };
 

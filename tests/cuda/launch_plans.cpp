@@ -5,7 +5,9 @@ using namespace vqfast;
 
 namespace {
 
-DeviceLimits limits(const int64_t *device) { return {(int)device[0], (int)device[1], (int)device[2]}; }
+DeviceLimits limits(const int64_t *device) {
+  return {(int)device[0], (int)device[1], (int)device[2], (int)device[3]};
+}
 
 void write(const LaunchPlan &plan, int64_t *out) {
   out[0] = plan.grid_x;
@@ -31,6 +33,14 @@ void tensor(int64_t N, int64_t D, int64_t K, const int64_t *device, int64_t *out
   write(tensor_scores_plan(plan, at_most(N, plan.chunk)), out);
   const int64_t rest[] = {plan.stages, plan.pitch, plan.chunk, plan.code_tiles, plan.parts.splits, plan.parts.tiles_per_split};
   for (int i = 0; i < 6; ++i) out[4 + i] = rest[i];
+}
+
+void hopper(int64_t N, int64_t D, int64_t K, const int64_t *device, int64_t *out) {
+  const HopperPlan plan = hopper_plan(N, D, K, limits(device));
+  if (plan.groups > 0) write(hopper_scores_plan(plan, at_most(N, plan.chunk), limits(device)), out);
+  const int64_t rest[] = {plan.groups, plan.panel, plan.panels, plan.stages,       plan.with_bias,
+                          plan.chunk,  plan.room,  plan.tile_codes, plan.code_tiles, plan.parts.splits, plan.parts.tiles_per_split};
+  for (int i = 0; i < 11; ++i) out[4 + i] = rest[i];
 }
 
 void softmax(int64_t rows, int64_t K, int64_t vector, int64_t bytes, const int64_t *device, int64_t *out) {

@@ -42,12 +42,15 @@ def test_bench_shapes_match_the_reference(spec):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("scores", ["float32", "bfloat16"])
-def test_search_by_either_kind_of_scores(scores, metric, monkeypatch):
+@pytest.mark.parametrize("scores", ["float32", "bfloat16", "hopper"])
+def test_search_by_every_kind_of_scores(scores, metric, monkeypatch):
+    """A kind that the device does not have gives way to the next best."""
     monkeypatch.setenv("VQFAST_CUDA_SCORES", scores)
     g = torch.Generator("cuda").manual_seed(0)
     for N, K, D in (
         (3000, 5000, 8),
+        (70000, 1100, 20),  # more items than a block a multiprocessor
+        (40000, 1024, 61),
         (700, 2000, 64),
         (129, 257, 100),
         (1000, 3000, 256),

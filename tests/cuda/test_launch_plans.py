@@ -31,13 +31,16 @@ def plan(tmp_path_factory):
     loaded = ctypes.CDLL(str(library))
     fields = {
         "search": "row_tiles code_tiles splits tiles_per_split padded_codes padded_features exact_blocks".split(),
+        "hopper": (
+            "groups panel panels stages with_bias chunk room tile_codes code_tiles splits tiles_per_split".split()
+        ),
         "tensor": "stages pitch chunk code_tiles splits tiles_per_split".split(),
         "stats": "chunks rows_per_chunk pieces".split(),
     }
 
-    def call(name: str, *sizes: int, device: tuple[int, int] = H200) -> SimpleNamespace:
+    def call(name: str, *sizes: int, device: tuple[int, int] = H200, capability: int = 90) -> SimpleNamespace:
         out = (ctypes.c_int64 * 16)()
-        limits = (ctypes.c_int64 * 3)(*device, GRID_X)
+        limits = (ctypes.c_int64 * 4)(*device, GRID_X, capability)
         getattr(loaded, name)(*(ctypes.c_int64(size) for size in sizes), limits, out)
         names = ["grid_x", "grid_y", "threads", "shared_bytes", *fields.get(name, [])]
         return SimpleNamespace(**dict(zip(names, out, strict=False)))
@@ -71,7 +74,7 @@ def test_every_code_and_every_row_is_searched_once(plan):
             p.splits == p.grid_y and (p.splits - 1) * p.tiles_per_split < p.code_tiles <= p.splits * p.tiles_per_split
         )
         # Whole tiles of either kind of scores.
-        assert p.padded_codes % 256 == 0 and 0 <= p.padded_codes - K < 256
+        assert p.padded_codes % 512 == 0 and 0 <= p.padded_codes - K < 512
         # Partial results: at most eight waves of blocks.
         assert p.splits == 1 or p.splits * p.row_tiles <= 8 * 2 * device[0]
 
@@ -90,6 +93,36 @@ def test_tensor_cores_get_every_row_and_code_once_in_chunks_that_fit(plan):
         assert (
             p.splits == p.grid_y and (p.splits - 1) * p.tiles_per_split < p.code_tiles <= p.splits * p.tiles_per_split
         )
+
+
+def test_warpgroups_get_every_row_and_code_once_in_tiles_that_fit(plan):
+    for n, K, D in product(SIZES, SIZES[:12], (1, 8, 13, 14, 29, 30, 64, 256, 384, 512, 704, 768)):
+        p = plan("hopper", n, D, K)
+        if p.groups == 0:
+            assert D > 704, "what the README promises fits"
+            continue
+        rows, width, features = 64 * p.groups, 1 << p.panel, D + 3 * p.with_bias
+        assert p.groups == (3 if D <= 384 else 2) and p.threads == 128 * (p.groups + 1)
+        assert width == (32 if D <= 13 else 64 if D <= 29 else 128) and p.with_bias == (D <= 29)
+        assert width * (p.panels - 1) < 2 * features <= width * p.panels
+        assert p.groups <= p.stages <= 8
+        # Start, rows and ring; then lists, reaches and barriers.
+        assert p.shared_bytes == 1024 + p.panels * rows * width + p.stages * (16 << 10)
+        assert p.shared_bytes + rows * (4 + 8 * 16 + 4) + 8 * 18 <= 227 << 10
+        assert 1 <= p.chunk <= n and (p.chunk == n or p.chunk % rows == 0)
+        assert p.room % rows == 0 and 0 <= p.room - p.chunk < rows and p.room % 8 == 0
+        # Stages never read beyond the padded codes.
+        codes = p.tile_codes
+        assert codes % 256 == 0 and codes % ((16 << 10) // width) == 0
+        assert codes * (p.code_tiles - 1) < K <= codes * p.code_tiles <= plan("search", n, D, K).padded_codes
+        assert (p.splits - 1) * p.tiles_per_split < p.code_tiles <= p.splits * p.tiles_per_split
+        assert p.grid_x == min(132, -(-p.chunk // rows) * p.splits) and p.grid_y == 1
+
+
+def test_only_capability_9_0_gets_warpgroups_products(plan):
+    for device, capability in (((108, 163 << 10), 80), ((148, 227 << 10), 100), ((128, 99 << 10), 89)):
+        assert plan("hopper", 8192, 64, 1024, device=device, capability=capability).groups == 0
+    assert plan("hopper", 8192, 64, 1024, device=(132, 99 << 10)).groups in (0, 2, 3)
 
 
 def test_few_rows_are_split_so_that_the_device_is_full(plan):

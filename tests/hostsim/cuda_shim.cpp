@@ -60,12 +60,14 @@ int shim_current_device = 0;
 namespace shim {
 
 Settings settings;
+void (*block_begins)() = nullptr;
+bool (*background)(bool) = nullptr;
 
 namespace {
 
 constexpr size_t kStackBytes = kRaces ? 16 << 10 : 256 << 10;
 
-enum class State { ready, at_barrier, at_warp, done };
+enum class State { ready, at_barrier, at_warp, waiting, done };
 
 // Where a stack of execution stands while it does not run.
 #ifdef __x86_64__
@@ -98,6 +100,8 @@ struct Fiber {
   unsigned thread;
   int line;  // of the barrier
   unsigned barriers, barriers_or;
+  const std::function<bool()> *passed;
+  const std::function<void(char *, size_t)> *describe;
   void *fake_stack;
   void *tsan;
 };
@@ -131,6 +135,7 @@ char *block_tags;
 [[maybe_unused]] char *end_tag;
 [[maybe_unused]] void *main_fiber;
 unsigned char *dynamic_shared;
+size_t dynamic_bytes;
 std::map<const void *, int> allowed;
 
 // Never given back, and not through malloc, which ThreadSanitizer counts as a write of the calling thread.
@@ -188,11 +193,13 @@ void arrange(std::vector<T> &items, unsigned seed) {
   if (settings.order > 1) std::shuffle(items.begin(), items.end(), std::mt19937(settings.order + seed));
 }
 
-void run_block(unsigned threads, size_t dynamic_bytes) {
+void run_block(unsigned threads, size_t own_dynamic_bytes) {
+  dynamic_bytes = own_dynamic_bytes;
   shared_total = 0;
   shared_count = 0;
   std::fill_n(block_any, 3, false);
   dynamic_shared = static_cast<unsigned char *>(shared_memory("", 0, dynamic_bytes));
+  if (block_begins) block_begins();
   while (fibers.size() < threads) {
     Fiber *fiber = new Fiber();
     fiber->stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -221,13 +228,21 @@ void run_block(unsigned threads, size_t dynamic_bytes) {
   while (done < threads) {
     bool moved = false;
     for (Fiber *fiber : order) {
-      if (fiber->state != State::ready) continue;
+      if (fiber->state != State::ready && !(fiber->state == State::waiting && (*fiber->passed)())) continue;
       switch_to(fiber);
       moved = true;
       done += fiber->state == State::done;
     }
-    if (moved) continue;
+    if ((background && background(!moved)) || moved) continue;
     // Everyone waits: for the barrier, or for ever.
+    for (unsigned i = 0; i < threads; ++i) {
+      const Fiber *fiber = fibers[i];
+      if (fiber->state == State::waiting) {
+        char what[200];
+        (*fiber->describe)(what, sizeof what);
+        fail("thread %u waits for ever: %s", i, what);
+      }
+    }
     for (unsigned i = 0; i < threads; ++i) {
       const Fiber *fiber = fibers[i];
       if (fiber->state == State::done) fail("thread %u ended while others wait", i);
@@ -266,6 +281,14 @@ void *shared_memory(const char *file, int line, size_t bytes) {
 }
 
 unsigned char *dynamic_shared_memory() { return dynamic_shared; }
+size_t dynamic_shared_bytes() { return dynamic_bytes; }
+
+void wait_until(const std::function<bool()> &passed, const std::function<void(char *, size_t)> &describe) {
+  if (passed()) return;
+  current->passed = &passed;
+  current->describe = &describe;
+  give_way(State::waiting);
+}
 
 void barrier(const char *, int line) {
   Fiber *own = current;

@@ -32,6 +32,9 @@
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -49,6 +52,7 @@ struct Settings {
   int multiprocessors = 2;
   int shared_bytes = 227 << 10;
   int grid_x = 0x7fffffff;
+  int capability = 90;
   // Threads and blocks in their order (0), backwards (1), or shuffled with this seed.
   unsigned order = 0;
 };
@@ -56,12 +60,19 @@ extern Settings settings;
 
 void *shared_memory(const char *file, int line, size_t bytes);
 unsigned char *dynamic_shared_memory();
+size_t dynamic_shared_bytes();
 void barrier(const char *file, int line);
 bool barrier_or(const char *file, int line, bool own);
 // Gives the 8 bytes of each lane of the calling thread's warp, once all of them have called.
 const uint64_t *exchange(uint64_t own);
 void warp_barrier();
 unsigned lane();
+// Until passed(about): the calling thread gives way meanwhile. If it never does, the block fails with what `describe` says.
+void wait_until(const std::function<bool()> &passed, const std::function<void(char *, size_t)> &describe);
+// What goes on beside the threads: called when a block begins, and after each turn of all threads that can move. `idle`:
+// none could. True if something happened.
+extern void (*block_begins)();
+extern bool (*background)(bool idle);
 
 int launch(dim3 grid, dim3 block, size_t shared_bytes, const void *kernel, const std::function<void()> &body);
 void allow_shared_bytes(const void *kernel, int bytes);
@@ -104,6 +115,14 @@ inline unsigned __match_any_sync(unsigned mask, int v) {
   unsigned same = 0;
   for (int i = 0; i < 32; ++i) same |= (unsigned)(all[i] == (uint32_t)v) << i;
   return same;
+}
+
+inline int __any_sync(unsigned mask, int v) {
+  if (mask != 0xffffffffu) shim::fail("a warp operation for part of a warp");
+  const uint64_t *all = shim::exchange(v != 0);
+  for (int i = 0; i < 32; ++i)
+    if (all[i]) return 1;
+  return 0;
 }
 
 // Atomic for ThreadSanitizer's sake.
@@ -191,7 +210,9 @@ enum cudaError_t {
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
-  cudaDevAttrMaxGridDimX
+  cudaDevAttrMaxGridDimX,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
@@ -207,9 +228,11 @@ inline cudaError_t cudaSetDevice(int device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int) {
-  *value = what == cudaDevAttrMultiProcessorCount ? shim::settings.multiprocessors
-           : what == cudaDevAttrMaxGridDimX       ? shim::settings.grid_x
-                                                  : shim::settings.shared_bytes;
+  *value = what == cudaDevAttrMultiProcessorCount      ? shim::settings.multiprocessors
+           : what == cudaDevAttrMaxGridDimX            ? shim::settings.grid_x
+           : what == cudaDevAttrComputeCapabilityMajor ? shim::settings.capability / 10
+           : what == cudaDevAttrComputeCapabilityMinor ? shim::settings.capability % 10
+                                                       : shim::settings.shared_bytes;
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void *data, int value, size_t bytes, cudaStream_t) {
@@ -232,3 +255,5 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(
   return (cudaError_t)shim::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes, (const void *)kernel,
                                    [=] { kernel(arguments...); });
 }
+
+#include "hopper_shim.h"

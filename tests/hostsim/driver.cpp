@@ -1,6 +1,6 @@
 // Runs calls of the CUDA launchers from a file on the simulated device, each argument in a buffer of exactly its size.
 //
-//   driver CALLS RESULTS multiprocessors shared_bytes grid_x order
+//   driver CALLS RESULTS multiprocessors shared_bytes grid_x order capability
 //
 // A call: the launcher's name, its integers, its real numbers, its buffers. A list is its length (int64), then its
 // items. A buffer is a kind (0 null, 1 read, 2 written, 3 both), a size in bytes, and the bytes unless it is only
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cuda_shim.h"
+#include "planted_products.h"
 #include "sampling.cuh"
 #include "vqfast.h"
 
@@ -231,6 +232,10 @@ const std::map<std::string, void (*)(const Call &)> kLaunchers = {
     {"planted_shared_overrun", [](const Call &c) { run(start(planted_shared_overrun, c.at<int>(0))); }},
     {"planted_race", [](const Call &c) { run(start(planted_race, c.at<int>(0))); }},
     {"planted_divergence", [](const Call &c) { run(start(planted_divergence, c.at<int>(0))); }},
+    {"planted_products",
+     [](const Call &c) {
+       run(planted_products((int)c.ints[0], (int)c.ints[1], (int)c.ints[2], c.buffers[0], c.buffers[1], c.at<float>(2)));
+     }},
     {"wrong_device",
      [](const Call &c) {
        run(vqfast_cuda_scale_rows(c.dtype(), c.buffers[0], 1, 1, c.buffers[1], 0, 7, nullptr));
@@ -251,7 +256,7 @@ int64_t read_int() {
 }  // namespace
 
 int main(int argc, char **argv) {
-  if (argc != 7) fail("usage: driver CALLS RESULTS multiprocessors shared_bytes grid_x order");
+  if (argc != 8) fail("usage: driver CALLS RESULTS multiprocessors shared_bytes grid_x order capability");
   in = fopen(argv[1], "rb");
   out = fopen(argv[2], "wb");
   if (!in || !out) fail("cannot open the files");
@@ -259,6 +264,7 @@ int main(int argc, char **argv) {
   shim::settings.shared_bytes = atoi(argv[4]);
   shim::settings.grid_x = atoi(argv[5]);
   shim::settings.order = (unsigned)atoi(argv[6]);
+  shim::settings.capability = atoi(argv[7]);
   for (int64_t calls = read_int(); calls > 0; --calls) {
     std::string name(read_int(), ' ');
     read(&name[0], name.size());

@@ -1,4 +1,7 @@
-"""The search by tensor cores, on the simulated device: whatever bfloat16 leaves open, the nearest code is found."""
+"""The search by tensor cores, on the simulated device: whatever bfloat16 leaves open, the nearest code is found.
+
+Both kernels, the portable one and Hopper's.
+"""
 
 import pytest
 import simulator
@@ -11,9 +14,9 @@ from vqfast.ops.prepared import METRICS
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(autouse=True)
-def _by_tensor_cores(monkeypatch):
-    monkeypatch.setenv("VQFAST_CUDA_SCORES", "bfloat16")
+@pytest.fixture(autouse=True, params=["bfloat16", "hopper"])
+def _by_tensor_cores(monkeypatch, request):
+    monkeypatch.setenv("VQFAST_CUDA_SCORES", request.param)
 
 
 def random_pair(N: int, K: int, D: int, seed: int = 0, dtype: torch.dtype = torch.float32):

@@ -93,7 +93,8 @@ def write_ninja(cuda: Path | None) -> None:
         define = "-DVQFAST_HOPPER " if hopper else ""
         lines.append(
             f"rule nvcc\n  command = {cuda}/bin/nvcc -MMD -MF $out.d -std=c++17 -O3 "
-            f"-Xcompiler -fPIC,-fvisibility=hidden -Werror all-warnings {define}-I{CSRC}/include $gencode -c $in -o $out\n"
+            f"-Xcompiler -fPIC,-fvisibility=hidden -Werror all-warnings {define}-I{CSRC}/include $gencode "
+            "-c $in -o $out\n"
             "  depfile = $out.d\n  deps = gcc\n  description = CUDA $in"
         )
         objects = []

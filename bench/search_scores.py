@@ -1,8 +1,8 @@
 """The kinds of scores that a search can be made of on a CUDA device, side by side: `python -m bench.search_scores`.
 
 For each size and each kind (VQFAST_CUDA_SCORES) the exact search and the scores alone (precision "fast"), in
-milliseconds: medians over rounds that take the kinds in turn, between two CUDA events; the rate of the exact one (2 N K D
-operations), and how many rows are wrong. The last row of a size is torch's bfloat16 product of the same shape, which
+milliseconds: medians over rounds that take the kinds in turn, between two CUDA events; the rate of the exact one (2 N K
+D operations), and how many rows are wrong. The last row of a size is torch's bfloat16 product of the same shape, which
 writes N x K scores. A kind that the device does not have gives way to the next best, and has its time.
 """
 

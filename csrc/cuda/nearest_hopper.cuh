@@ -85,8 +85,8 @@ __device__ __forceinline__ void examine(const float (&sums)[64], const float *bi
 
 // One block a multiprocessor, which takes one item after the other. The last warpgroup's first thread has rows and codes
 // copied to shared memory: kRows rows, which stay for an item, and codes through a ring of stages of kStageBytes. Each of
-// the others multiplies 64 rows with kProductCodes codes at a time, in turn into two sets of sums: while one is added to,
-// the maxima of the other are taken. Rows beyond n are whatever the memory holds, and are not written.
+// the others multiplies 64 rows by kProductCodes codes at a time, in turn into two sets of sums: while one is added to, the
+// maxima of the other are taken. Rows beyond n are whatever the memory holds, and are not written.
 template <int kGroups, int kPanel>
 __global__ void __launch_bounds__((kGroups + 1) * kWarpgroup, 1)
     nearest_hopper_scores(HopperPlan plan, PackedVectors x, int64_t n, PackedVectors codes, const float *bias,
@@ -128,8 +128,8 @@ __global__ void __launch_bounds__((kGroups + 1) * kWarpgroup, 1)
       wait(*rows_emptied, item_parity ^ 1);
       arrive_and_expect(*rows_filled, plan.panels * (kRows * kRowBytes));
       for (int panel = 0; panel < plan.panels; ++panel)
-        copy_in_bulk(tile_rows + panel * (kRows * kRowBytes), piece(x, panel, (int64_t)item.row_tile * kRows), kRows * kRowBytes,
-                     *rows_filled);
+        copy_in_bulk(tile_rows + panel * (kRows * kRowBytes), piece(x, panel, (int64_t)item.row_tile * kRows),
+                     kRows * kRowBytes, *rows_filled);
       for (int code = 0; code < item.codes; code += kStageBytes / kRowBytes)
         for (int panel = 0; panel < plan.panels; ++panel, turn.next(plan.stages)) {
           wait(emptied[turn.stage], turn.parity ^ 1);

@@ -38,8 +38,8 @@ void tensor(int64_t N, int64_t D, int64_t K, const int64_t *device, int64_t *out
 void hopper(int64_t N, int64_t D, int64_t K, const int64_t *device, int64_t *out) {
   const HopperPlan plan = hopper_plan(N, D, K, limits(device));
   if (plan.groups > 0) write(hopper_scores_plan(plan, at_most(N, plan.chunk), limits(device)), out);
-  const int64_t rest[] = {plan.groups, plan.panel, plan.panels, plan.stages,       plan.with_bias,
-                          plan.chunk,  plan.room,  plan.tile_codes, plan.code_tiles, plan.parts.splits, plan.parts.tiles_per_split};
+  const int64_t rest[] = {plan.groups, plan.panel, plan.panels,     plan.stages,     plan.with_bias,    plan.chunk,
+                          plan.room,   plan.tile_codes, plan.code_tiles, plan.parts.splits, plan.parts.tiles_per_split};
   for (int i = 0; i < 11; ++i) out[4 + i] = rest[i];
 }
 

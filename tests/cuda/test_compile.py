@@ -160,13 +160,14 @@ def test_tensor_scores_are_products_of_matrices_fed_in_the_background(instructio
 
 
 def test_warpgroups_multiply_from_shared_memory_that_the_copy_engine_fills(usage, extension, cuobjdump):
-    """Two places multiply, one a set of sums. A wait before every product would mean that the compiler takes turns."""
+    """And wait where the source says so: ptxas adds waits for all products where it cannot follow their sums."""
     if not any(target == "sm_90a" for target, _ in usage):
         pytest.skip("built without sm_90 (VQFAST_CUDA_ARCHS)")
     kernels = disassembled(extension, cuobjdump, "sm_90a")
-    for kernel in ("nearest_hopper_scores<3, 5>", "nearest_hopper_scores<3, 7>", "nearest_hopper_scores<2, 7>"):
-        sass = kernels[kernel]
-        assert re.search(r"HGMMA\.64x128x16\.F32\.BF16", sass), kernel
+    for instance, products in {"3, 5": 2, "3, 6": 4, "3, 7": 16, "2, 7": 16}.items():
+        kernel, sass = f"{HOPPER}<{instance}>", kernels[f"{HOPPER}<{instance}>"]
+        assert len(re.findall(r"HGMMA\.64x128x16\.F32\.BF16", sass)) == products, kernel
+        assert len(re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0", sass)) == 1, kernel
         for instruction in ("UBLKCP", r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT", r"SYNCS\.ARRIVE\.TRANS64", "USETMAXREG"):
             assert re.search(instruction, sass), (kernel, instruction)
         assert not re.search(r"\b(LDL|STL)\b", sass), kernel

@@ -55,6 +55,12 @@ def test_an_error_of_the_runtime_is_raised_with_its_own_text(_cuda):
     assert _cuda.error_string(1000 + 2) == "out of memory"
 
 
+def test_scores_that_do_not_exist_are_named_with_those_that_do(_cuda, monkeypatch):
+    monkeypatch.setenv("VQFAST_CUDA_SCORES", "wgmma")
+    with pytest.raises(ValueError, match="VQFAST_CUDA_SCORES: expected float32, bfloat16 or hopper, got wgmma"):
+        _cuda.nearest_scratch(8, 8, 8, 0)
+
+
 def test_scratch_memory_of_statistics_grows_with_what_it_holds(_cuda):
     small, large = (_cuda.codebook_stats_scratch(0, N, 64, 1024) for N in (1000, 100_000))
     # Row numbers and, per 64 rows, two partial sums.

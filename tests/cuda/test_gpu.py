@@ -49,8 +49,8 @@ def test_search_by_every_kind_of_scores(scores, metric, monkeypatch):
     g = torch.Generator("cuda").manual_seed(0)
     for N, K, D in (
         (3000, 5000, 8),
-        (70000, 1100, 20),  # more items than a block a multiprocessor
-        (40000, 1024, 61),
+        (30000, 1100, 20),  # more items than multiprocessors
+        (26000, 600, 61),
         (700, 2000, 64),
         (129, 257, 100),
         (1000, 3000, 256),

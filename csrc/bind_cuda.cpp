@@ -140,6 +140,35 @@ void p_sample(int dtype, uintptr_t logits, uintptr_t unconditional, uintptr_t x_
                             pointer<const int64_t>(key), pointer<int64_t>(x_s), device, pointer<void>(stream)));
 }
 
+// Addresses of the prior, the likelihood and the transposed prior or 0; elements from a sample's matrix to the next.
+vqfast_step step_of(const py::tuple &matrices) {
+  return {pointer<const double>(matrices[0].cast<uintptr_t>()), pointer<const double>(matrices[1].cast<uintptr_t>()),
+          pointer<const double>(matrices[2].cast<uintptr_t>()), matrices[3].cast<int64_t>(),
+          matrices[4].cast<int64_t>()};
+}
+
+void matrix_loss(int dtype, uintptr_t logits, uintptr_t x0, uintptr_t x_t, uintptr_t s, const py::tuple &matrices,
+                 int64_t B, int64_t L, int64_t K, uintptr_t scale, bool marginal, double aux_weight, uintptr_t loss,
+                 uintptr_t grad, int device, uintptr_t stream) {
+  const vqfast_step step = step_of(matrices);
+  check(vqfast_cuda_matrix_loss((vqfast_dtype)dtype, pointer<const void>(logits), pointer<const int64_t>(x0),
+                               pointer<const int64_t>(x_t), pointer<const int64_t>(s), step, B, L, K,
+                               pointer<const double>(scale), marginal, aux_weight, pointer<void>(loss),
+                               pointer<void>(grad), device, pointer<void>(stream)));
+}
+
+void matrix_sample(int dtype, uintptr_t logits, uintptr_t unconditional, uintptr_t x_t, uintptr_t s,
+                   const py::tuple &matrices, int64_t B, int64_t L, int64_t K, uintptr_t known, bool marginal,
+                   double temperature, double guidance, int64_t top_k, double top_p, uintptr_t key, uintptr_t x_s,
+                   int device, uintptr_t stream) {
+  const vqfast_step step = step_of(matrices);
+  check(vqfast_cuda_matrix_sample((vqfast_dtype)dtype, pointer<const void>(logits), pointer<const void>(unconditional),
+                                 pointer<const int64_t>(x_t), pointer<const int64_t>(s), step, B, L, K,
+                                 pointer<const int64_t>(known), marginal, temperature, guidance, top_k, top_p,
+                                 pointer<const int64_t>(key), pointer<int64_t>(x_s), device,
+                                 pointer<void>(stream)));
+}
+
 void pack(int64_t element_bytes, const py::tuple &values, int64_t D, uintptr_t grains, int64_t B, int64_t Hc,
           int64_t Wc, int64_t num_grains, bool region, int64_t capacity, uintptr_t packed, uintptr_t cu_seqlens,
           uintptr_t positions, uintptr_t grain_ids, uintptr_t scratch, int device, uintptr_t stream) {
@@ -197,6 +226,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("diffusion_loss", &diffusion_loss);
   m.def("scale_rows", &scale_rows);
   m.def("p_sample", &p_sample);
+  m.def("matrix_loss", &matrix_loss);
+  m.def("matrix_sample", &matrix_sample);
   m.def("pack", &pack);
   m.def("unpack", &unpack);
   m.def("unpack_backward", &unpack_backward);

@@ -7,6 +7,8 @@ from vqfast.kernels.dynamic_lookup.spec import SPEC as DYNAMIC_LOOKUP
 from vqfast.kernels.grain_entropy.spec import SPEC as GRAIN_ENTROPY
 from vqfast.kernels.lookup.spec import BACKWARD_SPEC as LOOKUP_BACKWARD
 from vqfast.kernels.lookup.spec import SPEC as LOOKUP
+from vqfast.kernels.matrix_loss.spec import SPEC as MATRIX_LOSS
+from vqfast.kernels.matrix_sample.spec import SPEC as MATRIX_SAMPLE
 from vqfast.kernels.nearest.spec import SPEC as NEAREST
 from vqfast.kernels.p_sample.spec import SPEC as P_SAMPLE
 from vqfast.kernels.pack.spec import SPEC as PACK
@@ -29,6 +31,8 @@ SPECS = (
     DIFFUSION_LOSS,
     P_SAMPLE,
     TRANSITION_MATMUL,
+    MATRIX_LOSS,
+    MATRIX_SAMPLE,
     PACK,
     UNPACK,
     UNPACK_BACKWARD,

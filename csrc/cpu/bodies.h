@@ -3,6 +3,7 @@
 #include "diffusion_rows.h"
 #include "dispatch.h"
 #include "entropy_bins.h"
+#include "matrix_rows.h"
 #include "nearest_decide.h"
 #include "nearest_float32.h"
 #include "nearest_ranges.h"
@@ -17,6 +18,8 @@ const Kernels table = {
     widen_row, distance, products, squared_error, lookup_grad, add_rows,
     load_scores, exp_scores, log1p_scores, grad_scores, store_scores, scale_row,
     guide_scores, count_scores, mass_scores, keep_scores, sum_scores, add_bins,
+    kMatrixRows, kMatrixPanel, pack_matrix, multiply_rows, load_wide_scores, exp_wide_scores, subtract_logs,
+    weigh_posterior, diverge,
 };
 
 }  // namespace vqfast::VQFAST_ISA

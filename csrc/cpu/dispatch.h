@@ -64,9 +64,23 @@ struct Kernels {
   // entropy_bins.h
   void (*add_bins)(const double *grey, int64_t n, double lowest, double sigma, double step, double reach, int64_t bins,
                    double *density);
+
+  // matrix_rows.h; n is K rounded up to whole panels
+  int matrix_rows, matrix_panel;  // of a tile; columns of a panel
+  void (*pack_matrix)(const double *matrix, int64_t K, bool transpose, int64_t first, int64_t end, double *panels);
+  void (*multiply_rows)(const double *rows, const double *panels, int64_t K, int64_t n, double *tile, double *out);
+  double (*load_wide_scores)(vqfast_dtype dtype, const void *row, int64_t K, int64_t n, double *scores);
+  double (*exp_wide_scores)(const double *scores, int64_t n, double largest, double factor, double *weights,
+                            double *sums);
+  double (*subtract_logs)(double *scores, const double *q, int64_t n);
+  double (*weigh_posterior)(const double *f, const double *model, bool logs, int64_t K, int64_t n, double *weights,
+                            double *sums);
+  double (*diverge)(const double *f, const double *truth, double *model, bool logs, int64_t K, int64_t n,
+                    double *first, double *second, double *ratio);
 };
 
 constexpr int64_t kMostLanes = 16;
+constexpr int64_t kMostMatrixRows = 12;
 
 constexpr int64_t kBlockCodes = 64;  // codes whose probabilities exp_scores sums up together
 

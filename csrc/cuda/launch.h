@@ -178,6 +178,35 @@ constexpr LaunchPlan softmax_plan(int64_t rows, int64_t K, int vector, int64_t a
           kept <= limits.shared_bytes - 1024 ? kept : 0};
 }
 
+// ---- a step through matrices ---------------------------------------------------------------------------------------
+
+constexpr unsigned kStepThreads = 128;
+constexpr int kStepColumns = 2;  // of a product, that a thread sums up at once
+constexpr int64_t kMostStepCodes = 1024;
+
+// Numbers from one code of a tile to the next: even, for 16-byte reads of a code's rows, and not a multiple of the banks.
+constexpr int step_pitch(int tile_rows) { return tile_rows + 2; }
+
+struct StepPlan {
+  int tile_rows;           // 16, 8 or 4
+  int64_t tiles_a_sample;  // the matrices are a sample's, so that no tile goes over its end
+  LaunchPlan launch;
+};
+
+// A block a tile, which is in shared memory twice: before the product and after.
+constexpr StepPlan step_plan(int64_t B, int64_t L, int64_t K, DeviceLimits limits) {
+  StepPlan plan = {};
+  for (int rows = 16; rows >= 4 && plan.tile_rows == 0; rows /= 2) {
+    const int64_t bytes = 2 * K * step_pitch(rows) * 8;
+    // Four kilobytes stay for the kernel's own variables.
+    if (bytes > limits.shared_bytes - 4096 && rows > 4) continue;
+    plan.tile_rows = rows;
+    plan.tiles_a_sample = ceil_div(L, rows);
+    plan.launch = {(unsigned)at_least(1, at_most(B * plan.tiles_a_sample, limits.grid_x)), 1, kStepThreads, bytes};
+  }
+  return plan;
+}
+
 // ---- lookup --------------------------------------------------------------------------------------------------------
 
 constexpr int kLookupThreads = 256, kLookupWarps = kLookupThreads / 32;

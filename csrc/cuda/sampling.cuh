@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) p_sample_rows(SampleArgumen
     scores.scale(largest, args.inverse_temperature);
     LikelyCodes<R> likely;
     if (args.truncation.any(args.K))
-      likely = Truncate<T, V>(scores, args.K, largest, SumMemory<R>{partial, counts})(args.truncation);
+      likely = Truncate(scores, args.K, largest, BlockSum<R>{partial, counts})(args.truncation);
     Apart<R> apart = {x_t, 0};
     if (x_t != kNoCode) {
       const R score = source.score(x_t);

@@ -1,5 +1,5 @@
 // top-k and top-p without a sort: the least score that is kept is found by bisection over the bits of a float, each step
-// one pass over the row and one sum over the block.
+// one pass over the row and one sum over the threads that share it.
 #pragma once
 
 #include "softmax_row.cuh"
@@ -51,23 +51,26 @@ struct Truncation {
   __host__ __device__ bool any(int64_t K) const { return (top_k > 0 && top_k < K) || top_p < 1; }
 };
 
-// Memory for sums over the block.
+// Of one value of every thread of the block.
 template <typename R>
-struct SumMemory {
+struct BlockSum {
   R *partial;
   int *counts;
+  __device__ R operator()(R own) const { return block_reduce(own, Add(), partial); }
+  __device__ int operator()(int own) const { return block_reduce(own, Add(), counts); }
 };
 
-template <typename T, int V>
+// Row: R, for_each_score(body(code, score)) of this thread's part, and weight_of(score). Sum: of one value of every
+// thread that has a part.
+template <typename Row, typename Sum>
 class Truncate {
  public:
-  typedef accumulate_t<T> R;
-  typedef SoftmaxRow<T, V, LikelyCodes<R>> Row;
+  typedef typename Row::R R;
 
-  __device__ Truncate(const Row &row, int K, R largest, const SumMemory<R> &sums)
-      : row_(row), K_(K), largest_(largest), sums_(sums) {}
+  __device__ Truncate(const Row &row, int K, R largest, const Sum &sum)
+      : row_(row), K_(K), largest_(largest), sum_(sum) {}
 
-  // Every thread of the block calls it and gets the same.
+  // Every thread that has a part calls it and gets the same.
   __device__ LikelyCodes<R> operator()(const Truncation &keep) const {
     LikelyCodes<R> likely;
     if (keep.top_k > 0 && keep.top_k < K_) {
@@ -106,7 +109,7 @@ class Truncate {
   __device__ int count(Counts counts) const {
     int own = 0;
     row_.for_each_score([&](unsigned code, R score) { own += counts(score, code); });
-    return block_reduce(own, Add(), sums_.counts);
+    return sum_(own);
   }
 
   template <typename Weighs>
@@ -115,13 +118,13 @@ class Truncate {
     row_.for_each_score([&](unsigned code, R score) {
       if (weighs(score) && likely.kept(score, code)) own += row_.weight_of(score);
     });
-    return block_reduce(own, Add(), sums_.partial);
+    return sum_(own);
   }
 
   const Row &row_;
   int K_;
   R largest_;
-  SumMemory<R> sums_;
+  Sum sum_;
 };
 
 }  // namespace vqfast

@@ -98,6 +98,24 @@ int vqfast_cpu_p_sample(vqfast_dtype dtype, const void *logits, const void *unco
                         const int64_t *known, int marginal, double temperature, double guidance, int64_t top_k,
                         double top_p, const int64_t *key, int64_t *x_s);
 
+/* A step of a chain through matrices: prior (K, K) of x_s given x_0, likelihood (K, K) of x_t (rows) given x_s (columns),
+ * float64, one each for every sample that many elements after the one before: K K, or 0 where all samples share it.
+ * transposed: of the prior and like it, on CUDA, where the gradient or the marginal rule asks for it; else not read. */
+typedef struct {
+  const double *prior, *likelihood, *transposed;
+  int64_t stride_prior, stride_likelihood;
+} vqfast_step;
+
+/* As vqfast_cpu_diffusion_loss and vqfast_cpu_p_sample; where s (B) is 0 the prior is the identity. */
+int vqfast_cpu_matrix_loss(vqfast_dtype dtype, const void *logits, const int64_t *x0, const int64_t *x_t,
+                           const int64_t *s, vqfast_step step, int64_t B, int64_t L, int64_t K, const double *scale,
+                           int marginal, double aux_weight, void *loss, void *grad);
+
+int vqfast_cpu_matrix_sample(vqfast_dtype dtype, const void *logits, const void *unconditional, const int64_t *x_t,
+                             const int64_t *s, vqfast_step step, int64_t B, int64_t L, int64_t K, const int64_t *known,
+                             int marginal, double temperature, double guidance, int64_t top_k, double top_p,
+                             const int64_t *key, int64_t *x_s);
+
 /* Variable-length codes. values: rows are the B * Hf * Wf positions of the fine grid (vectors of D elements of
  * element_bytes each: 2, 4 or 8), Hf = 2^(num_grains-1) Hc; grains (B, Hc, Wc). packed (capacity, D), cu_seqlens
  * (B + 1), positions and grain_ids (capacity). Tokens beyond capacity are dropped. A grain out of range is an error
@@ -180,6 +198,16 @@ int vqfast_cuda_p_sample(vqfast_dtype dtype, const void *logits, const void *unc
                          const int64_t *t, const int64_t *s, vqfast_levels levels, int64_t B, int64_t L, int64_t K,
                          const int64_t *known, int marginal, double temperature, double guidance, int64_t top_k,
                          double top_p, const int64_t *key, int64_t *x_s, int device, void *stream);
+
+/* K at most 1024. */
+int vqfast_cuda_matrix_loss(vqfast_dtype dtype, const void *logits, const int64_t *x0, const int64_t *x_t,
+                            const int64_t *s, vqfast_step step, int64_t B, int64_t L, int64_t K, const double *scale,
+                            int marginal, double aux_weight, void *loss, void *grad, int device, void *stream);
+
+int vqfast_cuda_matrix_sample(vqfast_dtype dtype, const void *logits, const void *unconditional, const int64_t *x_t,
+                              const int64_t *s, vqfast_step step, int64_t B, int64_t L, int64_t K,
+                              const int64_t *known, int marginal, double temperature, double guidance, int64_t top_k,
+                              double top_p, const int64_t *key, int64_t *x_s, int device, void *stream);
 
 /* Scratch of pack: B * num_grains * Hc + B int64; of unpack and its backward: B * Hf * Wf int64. */
 int vqfast_cuda_pack(int64_t element_bytes, vqfast_rows values, int64_t D, const int64_t *grains, int64_t B, int64_t Hc,

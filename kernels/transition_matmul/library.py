@@ -3,13 +3,13 @@
 By samples, where their levels can be looked at for nothing; by batches, where that would be a device sync.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from vqfast.kernels.transition_matmul.reference import step_matrix
+from vqfast.kernels.transition_matmul.reference import Chain, on_chain, step_matrix
 
 # Matrices that a batch writes out at a time, in elements: 256 MB in float64.
 _WRITTEN_OUT = 1 << 25
@@ -43,39 +43,55 @@ def factors(s: int, t: int, stride: int, from_data: bool) -> Iterator[tuple[str,
             level += 1
 
 
-def by_samples(
-    rows: Tensor,
-    s: Tensor | None,
-    t: Tensor,
-    steps: Tensor,
-    diagonal: Tensor | None,
-    cumulative: Tensor,
-    blocks: Tensor,
-    stride: int,
-    transpose: bool,
-    span: int,
-) -> Tensor:
+def chain_matrices(
+    pairs: Iterable[tuple[int, int]], chain: Chain, from_data: bool
+) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """Each pair (s, t) with its Q_{s+1} ... Q_t (K, K).
+
+    A product whose factors begin with all of another's goes on from it. Of symmetric bands it is made for half of the
+    rows: turned by half a turn they are the others.
+    """
+    K = chain.steps.shape[-1]
+    half = K if chain.diagonal is None else (K + 1) // 2
+    done: list[tuple[str, int]] = []
+    product = torch.empty(0)
+    for path, pair in sorted((list(factors(*pair, chain.stride, from_data)), pair) for pair in set(pairs)):
+        if len(path) < 2:
+            yield pair, chain.matrix(*path[0]) if path else torch.eye(K, dtype=chain.steps.dtype)
+            continue
+        if not done or path[: len(done)] != done:
+            done, product = path[:1], chain.matrix(*path[0])[:half]
+        for factor in path[len(done) :]:
+            product = product @ chain.matrix(*factor)
+        done = path
+        yield pair, product if half == K else torch.cat([product, product[: K // 2].flip(0, 1)])
+
+
+@on_chain
+def by_samples(rows: Tensor, s: Tensor | None, t: Tensor, chain: Chain, transpose: bool, span: int) -> Tensor:
     """`transition_matmul` of the reference; samples of the same levels share their products. Reads s and t."""
-    K = steps.shape[-1]
+    K, dtype = chain.steps.shape[-1], chain.steps.dtype
     codes = rows.dtype == torch.int64
-    out = steps.new_empty(*rows.shape[:2], K)
+    out = chain.steps.new_empty(*rows.shape[:2], K)
     levels = list(zip([0] * t.shape[0] if s is None else s.tolist(), t.tolist(), strict=True))
-
-    def matrix(table: str, index: int) -> Tensor:
-        if table == "steps":
-            found = step_matrix(steps[index], None if diagonal is None else diagonal[index])
-        else:
-            found = (cumulative if table == "cumulative" else blocks)[index]
-        return found.T if transpose else found
-
+    if codes and 2 * rows.shape[1] >= K:
+        # As many rows as the matrix has: they are picked from it.
+        for pair, matrix in chain_matrices(levels, chain, s is None):
+            matrix = matrix.T if transpose else matrix
+            for b, other in enumerate(levels):
+                if other == pair:
+                    torch.index_select(matrix, 0, rows[b], out=out[b])
+        return out
     for pair in dict.fromkeys(levels):
         members = [b for b, other in enumerate(levels) if other == pair]
         product = rows if len(members) == len(levels) else rows[members]
-        path = list(factors(*pair, stride, s is None))
+        path = list(factors(*pair, chain.stride, s is None))
         for i, factor in enumerate(path[::-1] if transpose else path):
+            matrix = chain.matrix(*factor)
+            matrix = matrix.T if transpose else matrix
             # The first factor of a one-hot is a row of it.
-            product = matrix(*factor)[product] if codes and i == 0 else product.to(steps.dtype) @ matrix(*factor)
-        out[members] = one_hot(product, K).to(steps.dtype) if codes and not path else product.to(steps.dtype)
+            product = matrix[product] if codes and i == 0 else product.to(dtype) @ matrix
+        out[members] = one_hot(product, K).to(dtype) if codes and not path else product.to(dtype)
     return out
 
 
@@ -97,34 +113,20 @@ def _slots(s: Tensor | None, t: Tensor, T: int, stride: int, span: int) -> list[
     return slots + [("steps", torch.where(tail + i < t, tail + i, none)) for i in range(min(stride - 1, T))]
 
 
-def by_batches(
-    rows: Tensor,
-    s: Tensor | None,
-    t: Tensor,
-    steps: Tensor,
-    diagonal: Tensor | None,
-    cumulative: Tensor,
-    blocks: Tensor,
-    stride: int,
-    transpose: bool,
-    span: int,
-) -> Tensor:
+@on_chain
+def by_batches(rows: Tensor, s: Tensor | None, t: Tensor, chain: Chain, transpose: bool, span: int) -> Tensor:
     """`transition_matmul` of the reference without a look at s or t: every sample goes through as many products."""
-    K, T = steps.shape[-1], steps.shape[0]
-    product = (one_hot(rows, K) if rows.dtype == torch.int64 else rows).to(steps.dtype)
-    tables = {"cumulative": cumulative, "blocks": blocks}
+    (T, K), dtype = chain.steps.shape[:2], chain.steps.dtype
+    product = (one_hot(rows, K) if rows.dtype == torch.int64 else rows).to(dtype)
     chunk = max(_WRITTEN_OUT // (K * K), 1)
-    slots = _slots(s, t.clamp(0, T), T, stride, span)
+    slots = _slots(s, t.clamp(0, T), T, chain.stride, span)
     for table, index in reversed(slots) if transpose else slots:
         some = index.clamp(min=0)
         parts = []
         for rows_here, here, skipped in zip(
             product.split(chunk), some.split(chunk), (index < 0).split(chunk), strict=True
         ):
-            if table == "steps":
-                matrix = step_matrix(steps[here], None if diagonal is None else diagonal[here])
-            else:
-                matrix = tables[table][here]
+            matrix = chain.matrix(table, here)
             parts.append(
                 torch.where(skipped[:, None, None], rows_here, rows_here @ (matrix.mT if transpose else matrix))
             )

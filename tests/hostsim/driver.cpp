@@ -40,6 +40,10 @@ struct Call {
     return {at<double>(buffer), ints[first], ints[first + 1], at<double>(buffer + 1),
             draws ? at<double>(buffer + 2) : nullptr};
   }
+  // A step's matrices from two strides, and from buffers for the prior, the likelihood and the transposed prior.
+  vqfast_step step(int first, int buffer) const {
+    return {at<double>(buffer), at<double>(buffer + 1), at<double>(buffer + 2), ints[first], ints[first + 1]};
+  }
 };
 
 constexpr int kDevice = 1;
@@ -159,6 +163,19 @@ const std::map<std::string, void (*)(const Call &)> kLaunchers = {
                                 c.at<int64_t>(4), c.levels(1, 5, true), c.ints[3], c.ints[4], c.ints[5],
                                 c.at<int64_t>(8), (int)c.ints[6], c.reals[0], c.reals[1], c.ints[7], c.reals[2],
                                 c.at<int64_t>(9), c.at<int64_t>(10), kDevice, nullptr));
+     }},
+    {"matrix_loss",
+     [](const Call &c) {
+       run(vqfast_cuda_matrix_loss(c.dtype(), c.buffers[0], c.at<int64_t>(1), c.at<int64_t>(2), c.at<int64_t>(3),
+                                   c.step(1, 4), c.ints[3], c.ints[4], c.ints[5], c.at<double>(7), (int)c.ints[6],
+                                   c.reals[0], c.buffers[8], c.buffers[9], kDevice, nullptr));
+     }},
+    {"matrix_sample",
+     [](const Call &c) {
+       run(vqfast_cuda_matrix_sample(c.dtype(), c.buffers[0], c.buffers[1], c.at<int64_t>(2), c.at<int64_t>(3),
+                                     c.step(1, 4), c.ints[3], c.ints[4], c.ints[5], c.at<int64_t>(7), (int)c.ints[6],
+                                     c.reals[0], c.reals[1], c.ints[7], c.reals[2], c.at<int64_t>(8),
+                                     c.at<int64_t>(9), kDevice, nullptr));
      }},
     {"pack",
      [](const Call &c) {

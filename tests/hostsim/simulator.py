@@ -273,6 +273,33 @@ def p_sample(
     return Call("p_sample", integers, [temperature, guidance, top_p], buffers)
 
 
+def _step(prior: Tensor, likelihood: Tensor, transposed: bool) -> tuple[list[int], list[Tensor | None]]:
+    """Strides between samples; prior, likelihood and the transposed prior."""
+    strides = [0 if m.stride(0) == 0 else m.shape[1] ** 2 for m in (prior, likelihood)]
+    prior, likelihood = (m[:1] if stride == 0 else m for m, stride in zip((prior, likelihood), strides, strict=True))
+    return strides, [prior, likelihood, prior.mT.contiguous() if transposed else None]
+
+
+def matrix_loss(
+    logits: Tensor, x0: Tensor, x_t: Tensor, s: Tensor, prior: Tensor, likelihood: Tensor, scale: Tensor,
+    marginal: bool, aux_weight: float, with_grad: bool,
+) -> Call:  # fmt: skip
+    strides, matrices = _step(prior, likelihood, marginal or with_grad)
+    outputs = [Written(x0.shape, _wide(logits.dtype)), Written(logits.shape, logits.dtype) if with_grad else None]
+    integers = [DTYPE[logits.dtype], *strides, *logits.shape, marginal]
+    return Call("matrix_loss", integers, [aux_weight], [logits, x0, x_t, s, *matrices, scale, *outputs])
+
+
+def matrix_sample(
+    logits: Tensor, unconditional: Tensor | None, x_t: Tensor, s: Tensor, prior: Tensor, likelihood: Tensor,
+    known: Tensor | None, marginal: bool, temperature: float, guidance: float, top_k: int, top_p: float, key: Tensor,
+) -> Call:  # fmt: skip
+    strides, matrices = _step(prior, likelihood, marginal)
+    buffers = [logits, unconditional, x_t, s, *matrices, known, key, Written(x_t.shape, torch.int64)]
+    integers = [DTYPE[logits.dtype], *strides, *logits.shape, marginal, top_k]
+    return Call("matrix_sample", integers, [temperature, guidance, top_p], buffers)
+
+
 def pack(values: Tensor, grains: Tensor, region: bool, capacity: int) -> Call:
     rows = values if values.ndim == 4 else values[..., None]
     place, memory = view(rows)
@@ -333,6 +360,8 @@ CALLS = {
     "q_sample": q_sample,
     "diffusion_loss": diffusion_loss,
     "p_sample": p_sample,
+    "matrix_loss": matrix_loss,
+    "matrix_sample": matrix_sample,
     "pack": pack,
     "unpack": unpack,
     "unpack_backward": unpack_backward,

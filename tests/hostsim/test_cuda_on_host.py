@@ -83,6 +83,14 @@ RACE_SHAPES = {
         dict(B=1, L=4, K=131, T=4, step=4, family="marginal", marginal=True),
         dict(B=2, L=4, K=131, T=4, step=4, family="absorbing", top_k=9, top_p=0.8, guidance=2.0),
     ),
+    "matrix_loss": (
+        dict(B=2, L=5, K=140, T=3, aux_weight=0.1),
+        dict(B=2, L=5, K=33, T=3, step=2, shared=True, marginal=True),
+    ),
+    "matrix_sample": (
+        dict(B=2, L=5, K=140, T=3, known=True, guidance=2.0),
+        dict(B=2, L=5, K=33, T=3, step=2, shared=True, marginal=True, top_k=9, top_p=0.8),
+    ),
     "pack": (dict(B=3, H=3, W=4, G=3, D=3), dict(B=3, H=3, W=4, G=2, region=True, short=2)),
     "unpack": (dict(B=3, H=3, W=4, G=3, D=9, shuffled=True), dict(B=2, H=3, W=4, G=2, shuffled=True, corner=True)),
     "unpack_backward": (dict(B=3, H=3, W=4, G=3, D=9, shuffled=True), dict(B=2, H=3, W=4, G=2)),

@@ -16,20 +16,22 @@ ROOT = Path(__file__).resolve().parents[2]
 LANES = {"generic": 4, "avx2": 8, "avx512": 16}
 RUNS_HERE = {"AVX2": ("generic", "avx2"), "AVX512": ("generic", "avx2", "avx512")}
 SOURCE = """
-#include "cpu/simd_elements.h"
+#include "cpu/simd_double.h"
 #include "cpu/simd_math.h"
 using namespace vqfast;
 using namespace vqfast::VQFAST_ISA;
 
 template <class In, class Out, class Body>
 static void each(const In *in, Out *out, int64_t n, Body body) {
-  for (int64_t i = 0; i < n; i += kLanes) store(out + i, body(load(in + i)));
+  for (int64_t i = 0; i < n; i += kWidth<In>) store(out + i, body(load(in + i)));
 }
 extern "C" {
 void exp_of(const float *in, float *out, int64_t n) { each(in, out, n, [](vf x) { return exp(x); }); }
 void log1p_minus_of(const float *in, float *out, int64_t n) {
   each(in, out, n, [](vf r) { return log1p_minus(r, splat(1.0f) + r); });
 }
+void exp_of_doubles(const double *in, double *out, int64_t n) { each(in, out, n, [](vd x) { return exp(x); }); }
+void log_of_doubles(const double *in, double *out, int64_t n) { each(in, out, n, [](vd x) { return log(x); }); }
 void widen_bf16(const bf16 *in, float *out, int64_t n) { each(in, out, n, [](vf x) { return x; }); }
 void widen_f16(const f16 *in, float *out, int64_t n) { each(in, out, n, [](vf x) { return x; }); }
 void round_bf16(const float *in, bf16 *out, int64_t n) { each(in, out, n, [](vf x) { return x; }); }
@@ -133,3 +135,31 @@ def test_rounding_to_half_precision_is_to_nearest_even(vector_code, name, dtype)
     torch.testing.assert_close(got, values.to(dtype), rtol=0, atol=0)
     nan = torch.tensor([0x7F800001, 0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
     assert vector_code(f"round_{name}", nan, dtype).isnan().all()
+
+
+class TestDoubles:
+    def test_exp_within_two_ulp_down_to_subnormal_numbers(self, vector_code):
+        x = torch.cat([-log_uniform(-12, 2.87, 20_000), torch.linspace(-745.1, 0, 20_001, dtype=torch.float64)])
+        want = torch.from_numpy(np.exp(x.numpy().astype(np.longdouble)).astype(np.float64))
+        got = vector_code("exp_of_doubles", x, torch.float64)
+        spacing = torch.from_numpy(np.spacing(want.numpy()))
+        assert ((got - want).abs() <= 2 * spacing).all()
+
+    def test_exp_of_zero_infinity_and_nan(self, vector_code):
+        x = torch.tensor([0.0, -0.0, -747.0, -1e300, -torch.inf, torch.nan], dtype=torch.float64)
+        got = vector_code("exp_of_doubles", x, torch.float64)
+        assert got[:5].tolist() == [1, 1, 0, 0, 0] and got[5].isnan()
+
+    def test_log_within_three_ulp_near_one_and_of_subnormal_numbers(self, vector_code):
+        near = 1 + torch.linspace(-0.4, 0.6, 20_001, dtype=torch.float64) ** 3
+        small = 10.0 ** torch.linspace(-323, 300, 20_001, dtype=torch.float64)
+        x = torch.cat([near, small])
+        want = torch.from_numpy(np.log(x.numpy().astype(np.longdouble)).astype(np.float64))
+        got = vector_code("log_of_doubles", x, torch.float64)
+        spacing = torch.from_numpy(np.spacing(np.abs(want.numpy())))
+        assert ((got - want).abs() <= 3 * spacing).all()
+
+    def test_log_of_zero_one_and_nan(self, vector_code):
+        x = torch.tensor([0.0, -0.0, 1.0, torch.nan], dtype=torch.float64)
+        got = vector_code("log_of_doubles", x, torch.float64)
+        assert got[:3].tolist() == [-torch.inf, -torch.inf, 0] and got[3].isnan()

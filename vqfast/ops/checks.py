@@ -161,6 +161,16 @@ def _p_sample(logits, unconditional, x_t, t, s, levels, noise, known, marginal, 
     _known(known, logits.shape[-1])
 
 
+def _matrix_loss(logits, x0, x_t, s, prior, *options) -> None:
+    _codes("x0", x0, logits.shape[-1])
+    _codes("x_t", x_t, logits.shape[-1])
+
+
+def _matrix_sample(logits, unconditional, x_t, s, prior, likelihood, known, *options) -> None:
+    _codes("x_t", x_t, logits.shape[-1])
+    _known(known, logits.shape[-1])
+
+
 def _pack(values: Tensor, grains: Tensor, region: bool, capacity: int) -> None:
     grains_in_range(grains, (values.shape[1] // max(grains.shape[1], 1)).bit_length())
 
@@ -202,6 +212,8 @@ _VALUE_CHECKS = {
     "posterior": _posterior,
     "diffusion_loss": _diffusion_loss,
     "p_sample": _p_sample,
+    "matrix_loss": _matrix_loss,
+    "matrix_sample": _matrix_sample,
     "pack": _pack,
     "position_mask": _position_mask,
 }

@@ -61,6 +61,11 @@ def _span(t: int | Tensor, s: int | Tensor | None) -> int:
     return t - s if isinstance(t, int) and isinstance(s, int) else 0
 
 
+def _are_numbers(t: int | Tensor, s: int | Tensor | None) -> bool:
+    """Whether all samples are known to be at one level, without a look at a device."""
+    return isinstance(t, int) and not isinstance(s, Tensor)
+
+
 def _is_marginal(rule: str) -> bool:
     if rule not in RULES:
         raise ValueError(f"rule: expected 'joint' or 'marginal', got {rule!r}")
@@ -239,7 +244,7 @@ def diffusion_loss(
     marginal = _is_marginal(rule)
     check_int64("x0", x0, (B, L), "(B, L)")
     check_int64("x_t", x_t, (B, L), "(B, L)")
-    span = _span(t, s)
+    span, one = _span(t, s), _are_numbers(t, s)
     t = _level("t", t, B, logits.device)
     s = t - 1 if s is None else _level("s", s, B, logits.device)
     if reduction not in ("mean", "sum", "none"):
@@ -263,11 +268,9 @@ def diffusion_loss(
     scale = _scale(x0, weights, class_weights, mask, reduction)
     if isinstance(transition, MatrixTransition):
         check_chain_values(transition.T, transition.codebook_size, t, s, logits=logits, x0=x0, x_t=x_t)
-        # A token that does not count may hold anything, NaN among it.
-        counts = scale != 0
-        read = logits.where(counts[..., None], 0)
-        loss = matrix_diffusion.token_loss(read, x0, x_t, t, s, transition, marginal, float(aux_weight), span)
-        loss = (loss.where(counts, 0) * scale).to(torch.promote_types(logits.dtype, torch.float32))
+        loss = matrix_diffusion.token_loss(
+            logits, x0, x_t, t, s, transition, scale, marginal, float(aux_weight), span, one
+        )
         return ordered_sum(loss) if reduction != "none" else loss
     levels, noise = transition.tables_on(logits.device)
     # Asked here: inside the function the gradient mode is off, and needs_input_grad does not know of no_grad.
@@ -332,7 +335,7 @@ def p_sample(
     B, L = _check_logits(logits, transition)
     marginal = _is_marginal(rule)
     check_int64("x_t", x_t, (B, L), "(B, L)")
-    span = _span(t, s)
+    span, one = _span(t, s), _are_numbers(t, s)
     t, s = _level("t", t, B, logits.device), _level("s", s, B, logits.device)
     if known is not None:
         check_int64("known", known, (B, L), "(B, L)")
@@ -355,7 +358,9 @@ def p_sample(
             transition.T, transition.codebook_size, t, s, logits=logits, unconditional=unconditional, known=known,
             x_t=x_t,
         )  # fmt: skip
-        return matrix_diffusion.p_sample(logits.detach(), unconditional, x_t, t, s, transition, known, *options, span)
+        return matrix_diffusion.p_sample(
+            logits.detach(), unconditional, x_t, t, s, transition, known, *options, span, one
+        )
     levels, noise = transition.tables_on(logits.device)
     return _p_sample(logits.detach(), unconditional, x_t, t, s, levels, noise, known, *options)
 

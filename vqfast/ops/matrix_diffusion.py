@@ -1,37 +1,29 @@
-"""The ops of discrete diffusion on families through matrices, in float64: products, and what is done to their rows."""
+"""The ops of discrete diffusion on families through matrices, in float64.
+
+Where a sample's matrix is no larger than a few of its rows, the matrices from the data to x_s and from x_s to x_t are
+made once for a batch and one fused op does the rest: `matrix_loss`, `matrix_sample`. A large codebook sends its rows
+through the chain instead, and what is done to them is plain torch.
+"""
 
 import torch
 from torch import Tensor
 
-from vqfast.kernels.p_sample.reference import guided, likely
-from vqfast.kernels.philox import philox, uniform
+from vqfast.kernels.matrix_loss.reference import divergence, log, log_prior
+from vqfast.kernels.matrix_loss.reference import marginal as marginal_scores
+from vqfast.kernels.matrix_sample.reference import choose, draw, prediction, quantiles
 from vqfast.ops.matrix_transitions import MatrixTransition, SymmetricRate
 
+_matrix_loss = torch.ops.vqfast.matrix_loss.default
+_matrix_sample = torch.ops.vqfast.matrix_sample.default
+_scale_rows_ = torch.ops.vqfast.scale_rows_.default
 
-def _draw(weight: Tensor, quantile: Tensor) -> Tensor:
-    """(B, L) codes: the first whose cumulative weight (B, L, K) exceeds `quantile` (B, L) of the total."""
-    cumulative = weight.cumsum(-1)
-    drawn = (cumulative <= (quantile * cumulative[..., -1])[..., None]).sum(-1)
-    # Rounding can leave the quantile at the very end: then the last code that has any weight.
-    last = weight.shape[-1] - 1 - (weight > 0).flip(-1).to(torch.uint8).argmax(-1)
-    return torch.minimum(drawn, last)
-
-
-def _quantile(key: Tensor, codes: Tensor) -> Tensor:
-    """(B, L) float64: the first integer of draw 0 of row b * L + l."""
-    rows = torch.arange(codes.numel(), device=codes.device).reshape(codes.shape)
-    return uniform(philox(key, rows, 0)[0])
+# Codes a row, for each row that a matrix serves, up to which making the matrix costs less than three times the rows.
+_CODES_PER_ROW = 2
 
 
 def q_sample(x0: Tensor, t: Tensor, transition: MatrixTransition, key: Tensor) -> Tensor:
     """x_t ~ row x_0 of Q_1 ... Q_t; at t = 0 exactly x_0."""
-    return _draw(transition.product(x0, None, t), _quantile(key, x0))
-
-
-def _log(x: Tensor) -> Tensor:
-    """log x, -inf at 0, and there without a gradient."""
-    possible = x > 0
-    return torch.where(possible, x.where(possible, 1.0).log(), -torch.inf)
+    return draw(transition.product(x0, None, t), quantiles(key, x0))
 
 
 def likelihood(x_t: Tensor, t: Tensor, s: Tensor, transition: MatrixTransition, span: int) -> Tensor:
@@ -39,39 +31,65 @@ def likelihood(x_t: Tensor, t: Tensor, s: Tensor, transition: MatrixTransition, 
     return transition.product(x_t, s, t, transpose=True, span=span)
 
 
-def _refuse_marginal(transition: MatrixTransition) -> None:
-    if isinstance(transition, SymmetricRate):
+def _check_rule(marginal: bool, transition: MatrixTransition) -> None:
+    if marginal and isinstance(transition, SymmetricRate):
         raise ValueError(
             f"rule: expected 'joint' for {transition}, got 'marginal', which divides by probabilities that it knows to "
             "an absolute error only; its matrices as vqfast.ops.Dense take both rules"
         )
 
 
-def _marginal(log_p: Tensor, x_t: Tensor, t: Tensor, transition: MatrixTransition) -> Tensor:
-    """log p(x_0) whose joint posterior is the marginal posterior of `log_p`: p_k / q(x_t | x_0 = k), normalised.
+def _matrices(
+    t: Tensor, s: Tensor, rows: Tensor, transition: MatrixTransition, span: int, one: bool
+) -> tuple[Tensor, Tensor] | None:
+    """prior and likelihood of `matrix_loss`; None where sending `rows` (B, L) through the chain is less work.
 
-    An x_0 that cannot have led to x_t has no posterior of x_s, and no weight.
+    one: s and t are the same number in every sample, and so are the matrices.
     """
-    log_q = _log(transition.product(x_t, None, t, transpose=True))
-    possible = log_q > -torch.inf
-    return torch.log_softmax(torch.where(possible, log_p - log_q.where(possible, 0), -torch.inf), dim=-1)
+    (B, L), K = rows.shape, transition.codebook_size
+    if K > _CODES_PER_ROW * L * (B if one else 1):
+        return None
+    if one:
+        t, s = t[:1], s[:1]
+    codes = torch.arange(K, device=rows.device).expand(t.shape[0], K)
+    prior = transition.product(codes, None, s)
+    step = transition.product(codes, s, t, transpose=True, span=span)
+    return prior.expand(B, K, K), step.expand(B, K, K)
 
 
-def _log_rows(log_p: Tensor, s: Tensor, transition: MatrixTransition) -> Tensor:
-    """log sum_k p_k q(x_s | x_0 = k); at s = 0 log_p itself, which may be below what its exponential can hold."""
-    rows = _log(transition.product(log_p.exp(), None, s))
-    return torch.where((s == 0)[:, None, None], log_p, rows)
+def _log_x0(log_p: Tensor, x_t: Tensor, t: Tensor, transition: MatrixTransition, marginal: bool) -> Tensor:
+    """log p(x_0), as the rule makes it."""
+    return marginal_scores(log_p, transition.product(x_t, None, t, transpose=True)) if marginal else log_p
+
+
+def _log_model(log_x0: Tensor, s: Tensor, transition: MatrixTransition) -> Tensor:
+    return log_prior(log_x0, transition.product(log_x0.exp(), None, s), s)
 
 
 def posterior(
     logits: Tensor, x_t: Tensor, t: Tensor, s: Tensor, transition: MatrixTransition, marginal: bool, span: int
 ) -> Tensor:
     """(B, L, K) float64: log p(x_s | x_t)."""
-    log_p = torch.log_softmax(logits.double(), dim=-1)
-    if marginal:
-        _refuse_marginal(transition)
-        log_p = _marginal(log_p, x_t, t, transition)
-    return torch.log_softmax(_log(likelihood(x_t, t, s, transition, span)) + _log_rows(log_p, s, transition), dim=-1)
+    _check_rule(marginal, transition)
+    log_x0 = _log_x0(torch.log_softmax(logits.double(), dim=-1), x_t, t, transition, marginal)
+    log_f = log(likelihood(x_t, t, s, transition, span))
+    return torch.log_softmax(log_f + _log_model(log_x0, s, transition), dim=-1)
+
+
+class _Loss(torch.autograd.Function):
+    """Loss per token times `scale`; its gradient is written in the same pass."""
+
+    @staticmethod
+    def forward(ctx, logits, x0, x_t, s, prior, step, scale, marginal, aux_weight, with_grad):
+        loss, grad = _matrix_loss(logits, x0, x_t, s, prior, step, scale, marginal, aux_weight, with_grad)
+        ctx.save_for_backward(grad)
+        return loss * scale.to(loss.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad = ctx.saved_tensors[0].clone()
+        _scale_rows_(grad, grad_loss)
+        return grad, *([None] * 9)
 
 
 def token_loss(
@@ -81,28 +99,27 @@ def token_loss(
     t: Tensor,
     s: Tensor,
     transition: MatrixTransition,
+    scale: Tensor,
     marginal: bool,
     aux_weight: float,
     span: int,
+    one: bool,
 ) -> Tensor:
-    """(B, L) float64: KL(q(x_s | x_t, x_0) || p(x_s | x_t)) - aux_weight log p(x_0).
-
-    The likelihood of x_t is a factor of both posteriors and leaves their ratio but for the normalisers.
-    """
-    log_p = torch.log_softmax(logits.double(), dim=-1)
-    auxiliary = log_p.gather(-1, x0[..., None])[..., 0] if aux_weight else None
-    if marginal:
-        _refuse_marginal(transition)
-        log_p = _marginal(log_p, x_t, t, transition)
-    log_f = _log(likelihood(x_t, t, s, transition, span))
-    log_true = log_f + _log(transition.product(x0, None, s))
-    log_model = log_f + _log_rows(log_p, s, transition)
-    true = torch.softmax(log_true, dim=-1)
-    # 0 log 0 = 0: both logarithms are replaced before the product, so that no gradient meets 0 * inf either. A pair of
-    # x_0 and x_t that the chain cannot give has no posterior: NaN, which is not above 0 but is not 0 either.
-    nothing = true == 0
-    kl = (true * (torch.log_softmax(log_true, -1) - torch.log_softmax(log_model, -1)).masked_fill(nothing, 0)).sum(-1)
-    return kl if auxiliary is None else kl - aux_weight * auxiliary
+    """(B, L): (KL(q(x_s | x_t, x_0) || p(x_s | x_t)) - aux_weight log p(x_0)) scale; tokens of scale 0 are not read."""
+    _check_rule(marginal, transition)
+    matrices = _matrices(t, s, x0, transition, span, one)
+    if matrices is not None:
+        # Asked here: inside the function the gradient mode is off, and needs_input_grad does not know of no_grad.
+        with_grad = torch.is_grad_enabled() and logits.requires_grad
+        return _Loss.apply(logits, x0, x_t, s, *matrices, scale, marginal, aux_weight, with_grad)
+    counts = scale != 0
+    log_p = torch.log_softmax(logits.where(counts[..., None], 0).double(), dim=-1)
+    log_model = _log_model(_log_x0(log_p, x_t, t, transition, marginal), s, transition)
+    log_f = log(likelihood(x_t, t, s, transition, span))
+    loss = divergence(log_f, log(transition.product(x0, None, s)), log_model)
+    if aux_weight:
+        loss = loss - aux_weight * log_p.gather(-1, x0[..., None])[..., 0]
+    return (loss.where(counts, 0) * scale).to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def p_sample(
@@ -120,23 +137,20 @@ def p_sample(
     top_p: float,
     key: Tensor,
     span: int,
+    one: bool,
 ) -> Tensor:
     """(B, L) int64: x_s by inversion of the whole posterior; one random number a token, whichever code it takes."""
-    scores = guided(logits.double(), None if unconditional is None else unconditional.double(), guidance) / temperature
-    log_p = torch.log_softmax(scores, dim=-1)
-    if top_k or top_p < 1:
-        log_p = log_p.where(likely(scores, top_k, top_p), -torch.inf)
-        log_p = torch.log_softmax(log_p, dim=-1)
-    if marginal:
-        _refuse_marginal(transition)
-        log_p = _marginal(log_p, x_t, t, transition)
-    weight = torch.softmax(_log(likelihood(x_t, t, s, transition, span)) + _log_rows(log_p, s, transition), dim=-1)
-    quantile = _quantile(key, x_t)
-    # Scores that are no distribution (NaN), or a prediction from which x_t cannot come, leave the token as it is.
-    x_s = torch.where(weight.isnan().any(-1), x_t, _draw(weight, quantile))
+    _check_rule(marginal, transition)
+    scores = temperature, guidance, top_k, top_p
+    matrices = _matrices(t, s, x_t, transition, span, one)
+    if matrices is not None:
+        return _matrix_sample(logits, unconditional, x_t, s, *matrices, known, marginal, *scores, key)
+    log_x0 = _log_x0(prediction(logits, unconditional, *scores), x_t, t, transition, marginal)
+    log_f = log(likelihood(x_t, t, s, transition, span))
+    x_s = choose(log_f + _log_model(log_x0, s, transition), x_t, key)
     if known is not None:
-        noised = _draw(transition.product(known.clamp(min=0), None, s), quantile)
-        x_s = torch.where(known >= 0, noised, x_s)
+        given = draw(transition.product(known.clamp(min=0), None, s), quantiles(key, x_t))
+        x_s = torch.where(known >= 0, given, x_s)
     return x_s
 
 

@@ -136,6 +136,42 @@ def _transition_matmul(
     return steps.new_empty(*rows.shape[:2], steps.shape[-1])
 
 
+def _matrix_loss(
+    logits: Tensor,
+    x0: Tensor,
+    x_t: Tensor,
+    s: Tensor,
+    prior: Tensor,
+    likelihood: Tensor,
+    scale: Tensor,
+    marginal: bool,
+    aux_weight: float,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        logits.new_empty(x0.shape, dtype=_accumulator(logits)),
+        logits.new_empty(logits.shape if with_grad else (0,)),
+    )
+
+
+def _matrix_sample(
+    logits: Tensor,
+    unconditional: Tensor | None,
+    x_t: Tensor,
+    s: Tensor,
+    prior: Tensor,
+    likelihood: Tensor,
+    known: Tensor | None,
+    marginal: bool,
+    temperature: float,
+    guidance: float,
+    top_k: int,
+    top_p: float,
+    key: Tensor,
+) -> Tensor:
+    return x_t.new_empty(x_t.shape)
+
+
 def _pack(values: Tensor, grains: Tensor, region: bool, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         values.new_empty((capacity, *values.shape[3:])),
@@ -239,6 +275,18 @@ _define(
     "transition_matmul(Tensor rows, Tensor? s, Tensor t, Tensor steps, Tensor? diagonal, Tensor cumulative, "
     "Tensor blocks, int stride, bool transpose, int span) -> Tensor",
     _transition_matmul,
+)
+# prior: (B, K, K) of x_s given x_0. likelihood: (B, K, K), row x_t of x_t given x_s. One matrix may serve all samples.
+_define(
+    "matrix_loss(Tensor logits, Tensor x0, Tensor x_t, Tensor s, Tensor prior, Tensor likelihood, Tensor scale, "
+    "bool marginal, float aux_weight, bool with_grad) -> (Tensor, Tensor)",
+    _matrix_loss,
+)
+_define(
+    "matrix_sample(Tensor logits, Tensor? unconditional, Tensor x_t, Tensor s, Tensor prior, Tensor likelihood, "
+    "Tensor? known, bool marginal, float temperature, float guidance, SymInt top_k, float top_p, Tensor key) "
+    "-> Tensor",
+    _matrix_sample,
 )
 _define("pack(Tensor values, Tensor grains, bool region, SymInt capacity) -> (Tensor, Tensor, Tensor, Tensor)", _pack)
 _define(

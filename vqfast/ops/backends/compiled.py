@@ -26,6 +26,19 @@ def _levels(levels: Tensor, noise: Tensor | None, cumulative: Tensor | None = No
     return levels.data_ptr(), levels.shape[0] - 1, levels.shape[1], _address(noise), _address(cumulative)
 
 
+class _Step:
+    """A step's matrices as the extension takes them: vqfast_step of csrc/include/vqfast.h. Keeps their memory."""
+
+    def __init__(self, prior: Tensor, likelihood: Tensor, transposed: bool):
+        # An expanded matrix serves all samples.
+        strides = [0 if m.stride(0) == 0 else m.shape[1] * m.shape[2] for m in (prior, likelihood)]
+        prior, likelihood = (
+            m[:1] if stride == 0 else m for m, stride in zip((prior, likelihood), strides, strict=True)
+        )
+        self.owners = _contiguous(prior, likelihood, prior.mT if transposed else None)
+        self.view = *map(_address, self.owners), *strides
+
+
 class CompiledKernels:
     """The ops as methods; `kernels()` lists them by name.
 
@@ -35,6 +48,8 @@ class CompiledKernels:
 
     def __init__(self, extension: ModuleType):
         self.extension = extension
+
+    transposes = False  # whether the launchers want a matrix's transpose written out beside it
 
     def where(self, tensor: Tensor) -> tuple[int, ...]:
         """The launchers' last arguments: where to run."""
@@ -68,6 +83,8 @@ class CompiledKernels:
             "diffusion_loss": self.diffusion_loss,
             "scale_rows_": self.scale_rows_,
             "p_sample": self.p_sample,
+            "matrix_loss": self.matrix_loss,
+            "matrix_sample": self.matrix_sample,
             "pack": self.pack,
             "unpack": self.unpack,
             "unpack_backward": self.unpack_backward,
@@ -248,6 +265,56 @@ class CompiledKernels:
             DTYPE[logits.dtype], logits.data_ptr(), _address(unconditional), x_t.data_ptr(), t.data_ptr(),
             s.data_ptr(), _levels(levels, noise, cumulative), *logits.shape, _address(known), marginal, temperature,
             guidance, top_k, top_p, key.data_ptr(), x_s.data_ptr(), *self.where(logits),
+        )  # fmt: skip
+        return x_s
+
+    def matrix_loss(
+        self,
+        logits: Tensor,
+        x0: Tensor,
+        x_t: Tensor,
+        s: Tensor,
+        prior: Tensor,
+        likelihood: Tensor,
+        scale: Tensor,
+        marginal: bool,
+        aux_weight: float,
+        with_grad: bool,
+    ) -> tuple[Tensor, Tensor]:
+        logits, x0, x_t, s, scale = _contiguous(logits, x0, x_t, s, scale)
+        step = _Step(prior, likelihood, self.transposes and (marginal or with_grad))
+        loss = logits.new_empty(x0.shape, dtype=_accumulator(logits))
+        grad = logits.new_empty(logits.shape if with_grad else (0,))
+        self.extension.matrix_loss(
+            DTYPE[logits.dtype], logits.data_ptr(), x0.data_ptr(), x_t.data_ptr(), s.data_ptr(), step.view,
+            *logits.shape, scale.data_ptr(), marginal, aux_weight, loss.data_ptr(),
+            grad.data_ptr() if with_grad else 0, *self.where(logits),
+        )  # fmt: skip
+        return loss, grad
+
+    def matrix_sample(
+        self,
+        logits: Tensor,
+        unconditional: Tensor | None,
+        x_t: Tensor,
+        s: Tensor,
+        prior: Tensor,
+        likelihood: Tensor,
+        known: Tensor | None,
+        marginal: bool,
+        temperature: float,
+        guidance: float,
+        top_k: int,
+        top_p: float,
+        key: Tensor,
+    ) -> Tensor:
+        logits, unconditional, x_t, s, known, key = _contiguous(logits, unconditional, x_t, s, known, key)
+        step = _Step(prior, likelihood, self.transposes and marginal)
+        x_s = x_t.new_empty(x_t.shape)
+        self.extension.matrix_sample(
+            DTYPE[logits.dtype], logits.data_ptr(), _address(unconditional), x_t.data_ptr(), s.data_ptr(), step.view,
+            *logits.shape, _address(known), marginal, temperature, guidance, top_k, top_p, key.data_ptr(),
+            x_s.data_ptr(), *self.where(logits),
         )  # fmt: skip
         return x_s
 

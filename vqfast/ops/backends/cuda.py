@@ -25,6 +25,7 @@ NAME = "cuda"
 PRIORITY = 30
 DEVICES = ("cuda",)
 
+_MOST_STEP_CODES = 1024  # kMostStepCodes of csrc/cuda/launch.h
 _MOST_ROWS = 2**31 - 65  # of codebook_stats: rows are numbered in 32 bits
 
 
@@ -49,10 +50,14 @@ def unsupported(op: str, args: tuple) -> str | None:
         return f"it has no kernel for {op}"
     if op == "codebook_stats" and args[1].numel() > _MOST_ROWS:
         return f"{args[1].numel()} vectors, at most {_MOST_ROWS}"
+    if op in ("matrix_loss", "matrix_sample") and args[0].shape[-1] > _MOST_STEP_CODES:
+        return f"K = {args[0].shape[-1]} codes, at most {_MOST_STEP_CODES} are kept in shared memory"
     return None
 
 
 class _CudaKernels(CompiledKernels):
+    transposes = True
+
     def where(self, tensor: Tensor) -> tuple[int, ...]:
         return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
 

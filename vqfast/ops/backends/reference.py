@@ -8,6 +8,8 @@ from vqfast.kernels.diffusion_loss.reference import diffusion_loss, diffusion_lo
 from vqfast.kernels.dynamic_lookup.reference import dynamic_lookup, dynamic_lookup_backward
 from vqfast.kernels.grain_entropy.reference import grain_entropy
 from vqfast.kernels.lookup.reference import lookup, lookup_backward
+from vqfast.kernels.matrix_loss.reference import matrix_loss, matrix_loss_grad
+from vqfast.kernels.matrix_sample.reference import matrix_sample
 from vqfast.kernels.nearest.reference import nearest
 from vqfast.kernels.p_sample.reference import p_sample
 from vqfast.kernels.pack.reference import pack
@@ -60,6 +62,27 @@ def _diffusion_loss(
     return loss, grad.where(counts[..., None], 0).to(logits.dtype)
 
 
+def _matrix_loss(
+    logits: Tensor,
+    x0: Tensor,
+    x_t: Tensor,
+    s: Tensor,
+    prior: Tensor,
+    likelihood: Tensor,
+    scale: Tensor,
+    marginal: bool,
+    aux_weight: float,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    args = (logits, x0, x_t, s, prior, likelihood, marginal, aux_weight)
+    counts = scale != 0
+    loss = matrix_loss(*args).where(counts, 0).to(torch.promote_types(logits.dtype, torch.float32))
+    if not with_grad:
+        return loss, logits.new_empty(0)
+    grad = matrix_loss_grad(*args) * scale[..., None]
+    return loss, grad.where(counts[..., None], 0).to(logits.dtype)
+
+
 def _scale_rows_(rows: Tensor, scale: Tensor) -> None:
     rows.mul_(scale[..., None])
 
@@ -107,6 +130,8 @@ KERNELS = {
     "scale_rows_": _scale_rows_,
     "p_sample": p_sample,
     "transition_matmul": by_batches,
+    "matrix_loss": _matrix_loss,
+    "matrix_sample": matrix_sample,
     "pack": pack,
     "unpack": unpack,
     "unpack_backward": unpack_backward,

@@ -123,6 +123,11 @@ void p_sample(int dtype, uintptr_t logits, uintptr_t unconditional, uintptr_t x_
                             pointer<const int64_t>(key), pointer<int64_t>(x_s)));
 }
 
+void matrix_product(uintptr_t rows, int64_t R, uintptr_t matrix, int64_t K, bool transpose, uintptr_t out) {
+  check(vqfast_cpu_matrix_product(pointer<const double>(rows), R, pointer<const double>(matrix), K, transpose,
+                                  pointer<double>(out)));
+}
+
 // Addresses of the prior, the likelihood and the transposed prior or 0; elements from a sample's matrix to the next.
 vqfast_step step_of(const py::tuple &matrices) {
   return {pointer<const double>(matrices[0].cast<uintptr_t>()), pointer<const double>(matrices[1].cast<uintptr_t>()),
@@ -234,6 +239,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("diffusion_loss", &diffusion_loss);
   m.def("scale_rows", &scale_rows, py::call_guard<py::gil_scoped_release>());
   m.def("p_sample", &p_sample);
+  m.def("matrix_product", &matrix_product, py::call_guard<py::gil_scoped_release>());
   m.def("matrix_loss", &matrix_loss);
   m.def("matrix_sample", &matrix_sample);
   m.def("nearest_prepare", &nearest_prepare, py::call_guard<py::gil_scoped_release>());

@@ -1,6 +1,7 @@
 // top-k and top-p without a sort: the least score that is kept is found by bisection over the bits of a float.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <type_traits>
@@ -38,6 +39,20 @@ class Ordered {
   static constexpr Key kSign = (Key)1 << (8 * sizeof(Real) - 1);
 };
 
+// Subnormal numbers compare as 0 while they are flushed: thresholds are 0 or normal.
+template <class Real>
+Real normal_or_zero(Real value) {
+  return std::abs(value) < std::numeric_limits<Real>::min() ? 0 : value;
+}
+
+// The next larger of these.
+template <class Real>
+Real above(Real threshold) {
+  constexpr Real kLeast = std::numeric_limits<Real>::min();
+  if (threshold == 0) return kLeast;
+  return threshold == -kLeast ? 0 : std::nextafter(threshold, std::numeric_limits<Real>::infinity());
+}
+
 // The largest threshold that `holds`; it holds for -infinity, and below any threshold for which it holds.
 template <class Real, class Holds>
 Real largest_threshold(Real most, Holds holds) {
@@ -50,7 +65,7 @@ Real largest_threshold(Real most, Holds holds) {
     else
       high = middle - 1;
   }
-  return Order::value(low);
+  return normal_or_zero(Order::value(low));
 }
 
 // Drops what is below the threshold, and of what equals it all that `more`, asked in the order of the codes, refuses.
@@ -73,9 +88,6 @@ double truncate(const Passes &passes, const Truncation &keep, int64_t K, Real *s
   const int64_t padded = passes.padded(K);
   constexpr Real kNever = -std::numeric_limits<Real>::infinity();
   const Real largest = *std::max_element(scores, scores + K);
-  const auto above = [](Real threshold) {
-    return std::nextafter(threshold, std::numeric_limits<Real>::infinity());
-  };
   if (keep.top_k > 0 && keep.top_k < K) {
     const Real least =
         largest_threshold(largest, [&](Real v) { return passes.count(scores, padded, v) >= keep.top_k; });

@@ -16,6 +16,8 @@
 namespace vqfast {
 namespace {
 
+constexpr int64_t kParallelProducts = 1 << 18;  // multiply-adds of a product, below which one thread is as fast
+
 // What a thread works in: tiles of rows of n numbers, and a few such rows.
 class Scratch {
  public:
@@ -77,6 +79,7 @@ struct Batch {
     bool enough = forward && backward;
 #pragma omp parallel reduction(&& : enough) if (B * L * K > kParallelElements)
     {
+      const FlushSubnormals flush;
       const Scratch scratch(isa.matrix_rows, n);
       enough = enough && scratch;
       for (int64_t group = 0; group < groups; ++group) {
@@ -271,6 +274,39 @@ struct Reverse {
 }  // namespace vqfast
 
 using namespace vqfast;
+
+extern "C" int vqfast_cpu_matrix_product(const double *rows, int64_t R, const double *matrix, int64_t K,
+                                         int transpose, double *out) {
+  const Kernels &isa = kernels();
+  const int64_t n = (K + isa.matrix_panel - 1) / isa.matrix_panel * isa.matrix_panel, panels = n / isa.matrix_panel;
+  const int64_t height = isa.matrix_rows, tiles = (R + height - 1) / height;
+  const Buffer<double> packed = buffer<double>(n * K);
+  bool enough = (bool)packed;
+#pragma omp parallel reduction(&& : enough) if (R * K * K > kParallelProducts)
+  {
+    const FlushSubnormals flush;
+    const Buffer<double> values = buffer<double>(height * K), given = buffer<double>(height * n),
+                         taken = buffer<double>(height * n);
+    enough = enough && values && given && taken;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < panels; ++i)
+      if (packed) isa.pack_matrix(matrix, K, transpose, i, i + 1, packed.get());
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < tiles; ++i) {
+      if (!enough) continue;
+      const int64_t first = i * height, count = std::min(height, R - first);
+      for (int64_t r = 0; r < height; ++r)
+        if (r < count)
+          std::copy(rows + (first + r) * K, rows + (first + r + 1) * K, given.get() + r * n);
+        else
+          std::fill(given.get() + r * n, given.get() + (r + 1) * n, 0);
+      isa.multiply_rows(given.get(), packed.get(), K, n, values.get(), taken.get());
+      for (int64_t r = 0; r < count; ++r)
+        std::copy(taken.get() + r * n, taken.get() + r * n + K, out + (first + r) * K);
+    }
+  }
+  return enough ? VQFAST_OK : VQFAST_OUT_OF_MEMORY;
+}
 
 extern "C" int vqfast_cpu_matrix_loss(vqfast_dtype dtype, const void *logits, const int64_t *x0, const int64_t *x_t,
                                       const int64_t *s, vqfast_step step, int64_t B, int64_t L, int64_t K,

@@ -11,11 +11,11 @@ constexpr int kDoubles = VQFAST_LANES / 2;
 
 static inline __attribute__((always_inline)) vd max(vd a, vd b) { return a > b ? a : b; }
 
-// exp(x) for x <= 0, within 2 ulp, subnormal results included; 0 for -infinity, NaN stays NaN.
+// exp(x) for x <= 0, within 2 ulp. Below exp(-708.39), the smallest normal double, it is 0; NaN stays NaN.
 static inline __attribute__((always_inline)) vd exp(vd x) {
   // Adding 1.5 * 2^52 rounds to an integer in the low bits of the double; 1023 more makes it the exponent's bits.
-  const vd shift = splat(0x1.8p52), bias = splat(0x1.8p52 + 1023);
-  const vd n = (x * splat(0x1.71547652b82fep+0) + shift) - shift;
+  const vd shift = splat(0x1.8p52 + 1023);
+  const vd t = x * splat(0x1.71547652b82fep+0) + shift, n = t - shift;
   // ln 2 in two parts, the first of 32 bits: n times it is exact.
   const vd r = (x - n * splat(0x1.62e42fee00000p-1)) - n * splat(0x1.a39ef35793c76p-33);
   // The series of exp: |r| < 0.347, and r^14 / 14! is 4e-18.
@@ -32,22 +32,17 @@ static inline __attribute__((always_inline)) vd exp(vd x) {
   p = p * r + splat(1.0 / 6);
   p = p * r + splat(0.5);
   p = r + r * r * p;
-  // 2^n as a product of two, for it may be less than the smallest normal number.
-  const vd half = (n * splat(0.5) + shift) - shift;
-  const vd first = (vd)((vw)(half + bias) << 52), second = (vd)((vw)(n - half + bias) << 52);
-  return x < splat(-746.0) ? (vd){} : (first + first * p) * second;
+  const vd scale = (vd)((vw)t << 52);
+  return x < splat(-708.39) ? (vd){} : scale + scale * p;
 }
 
-// log(x) for x >= 0, within 3 ulp, subnormal numbers included; -infinity at 0, NaN stays NaN.
+// log(x) for normal x > 0, within 3 ulp; -infinity at 0, NaN stays NaN.
 static inline __attribute__((always_inline)) vd log(vd x) {
-  const vd small = splat(0x1p-1022), up = splat(0x1p54);
-  const vd scaled = x < small ? x * up : x;
   // x = 2^e (1 + f), 1 + f in [sqrt 1/2, sqrt 2); 2^62 keeps the difference of the bits positive.
   const vw least = (vw)splat(0x1.6a09e667f3bcdp-1), above = (vw){} + (1ull << 62);
-  const vw exponent = ((vw)scaled - least + above) >> 52;
-  const vd f = (vd)((vw)scaled - ((exponent - 1024) << 52)) - splat(1.0);
-  vd e = (vd)(exponent | (vw)splat(0x1p52)) - splat(0x1p52 + 1024);
-  e = x < small ? e - splat(54.0) : e;
+  const vw exponent = ((vw)x - least + above) >> 52;
+  const vd f = (vd)((vw)x - ((exponent - 1024) << 52)) - splat(1.0);
+  const vd e = (vd)(exponent | (vw)splat(0x1p52)) - splat(0x1p52 + 1024);
   // log(1 + f) = 2 atanh(s): |s| < 0.172, and s^24 is 5e-19.
   const vd s = f / (f + splat(2.0)), square = s * s;
   vd p = splat(2.0 / 23);
@@ -62,8 +57,8 @@ static inline __attribute__((always_inline)) vd log(vd x) {
   p = p * square + splat(2.0 / 5);
   p = p * square + splat(2.0 / 3);
   // 2 s = f - s f: the larger part without the error of the division.
-  const vd small_part = s * (square * p - f) + e * splat(0x1.a39ef35793c76p-33);
-  const vd whole = e * splat(0x1.62e42fee00000p-1) + (f + small_part);
+  const vd smaller = s * (square * p - f) + e * splat(0x1.a39ef35793c76p-33);
+  const vd whole = e * splat(0x1.62e42fee00000p-1) + (f + smaller);
   return x == (vd){} ? splat(-__builtin_inf()) : x == x ? whole : x;
 }
 

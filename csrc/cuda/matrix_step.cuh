@@ -129,7 +129,7 @@ struct alignas(16) Two {
 // take(k, sums): code k of rows times matrix, of all rows of the tile. The threads share the codes.
 template <int R, typename Take>
 __device__ __forceinline__ void multiply(const double *rows, const double *matrix, int K, Take take) {
-  constexpr int kPitch = step_pitch(R);
+  constexpr int kPitch = StepTile<R>::kPitch;
   for (int first = threadIdx.x; first < K; first += kStepColumns * (int)kStepThreads) {
     const bool two = first + (int)kStepThreads < K;
     const double *column = matrix + first;
@@ -156,7 +156,7 @@ template <int R>
 __device__ __forceinline__ void multiply(const double *rows, const double *matrix, int K, double *out) {
   multiply<R>(rows, matrix, K, [&](int k, const double(&sums)[R]) {
 #pragma unroll
-    for (int r = 0; r < R; ++r) out[k * step_pitch(R) + r] = sums[r];
+    for (int r = 0; r < R; ++r) out[k * StepTile<R>::kPitch + r] = sums[r];
   });
 }
 

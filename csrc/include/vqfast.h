@@ -106,6 +106,10 @@ typedef struct {
   int64_t stride_prior, stride_likelihood;
 } vqfast_step;
 
+/* out (R, K) = rows (R, K) matrix (K, K), or its transpose, float64; numbers below the smallest normal one count as 0. */
+int vqfast_cpu_matrix_product(const double *rows, int64_t R, const double *matrix, int64_t K, int transpose,
+                              double *out);
+
 /* As vqfast_cpu_diffusion_loss and vqfast_cpu_p_sample; where s (B) is 0 the prior is the identity. */
 int vqfast_cpu_matrix_loss(vqfast_dtype dtype, const void *logits, const int64_t *x0, const int64_t *x_t,
                            const int64_t *s, vqfast_step step, int64_t B, int64_t L, int64_t K, const double *scale,

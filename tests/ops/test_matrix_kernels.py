@@ -209,9 +209,8 @@ class TestMatricesOfAChain:
         step = Chain.step
         monkeypatch.setattr(Chain, "step", lambda self, index: made.append(index) or step(self, index))
         steps, diagonal = random_chain(dict(K=6, T=11, banded=True), torch.float64, "cpu", 11)
-        tables = steps, diagonal, *products_ahead(steps, diagonal, 4)
-        codes = torch.arange(6).expand(4, 6)
-        by_samples(codes, None, torch.tensor([7, 5, 7, 6]), *tables, 4, False, 0)
+        chain = Chain(steps, diagonal, *products_ahead(steps, diagonal, 4), 4)
+        by_samples(torch.arange(6).expand(4, 6), None, torch.tensor([7, 5, 7, 6]), chain, False, 0)
         assert made == [4, 5, 6]
 
     def test_a_band_is_itself_after_half_a_turn(self):

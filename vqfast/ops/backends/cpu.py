@@ -1,13 +1,14 @@
 """SIMD kernels of the compiled extension `vqfast._cpu`."""
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vqfast.kernels.transition_matmul.library import by_samples
+from vqfast.kernels.transition_matmul.reference import on_chain
 from vqfast.ops.backends.compiled import CompiledKernels
 from vqfast.ops.backends.layout import DTYPE, METRIC, as_rows
 from vqfast.ops.checks import check_values
@@ -100,6 +101,19 @@ def _dynamic_lookup_backward(
     return grad_features
 
 
+def _multiply(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Rows times a matrix. Early in a chain many products lie below the smallest normal number, each of which costs a
+    BLAS a hundred cycles."""
+    if rows.dtype != torch.float64:
+        return rows @ matrix
+    transpose = not matrix.is_contiguous()
+    rows, matrix = rows.contiguous(), (matrix.T if transpose else matrix).contiguous()
+    K = matrix.shape[0]
+    out = torch.empty_like(rows)
+    _cpu.matrix_product(rows.data_ptr(), rows.numel() // K, matrix.data_ptr(), K, transpose, out.data_ptr())
+    return out
+
+
 def _looks_at_values(op: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     """A kernel that finds a value out of range by itself; the op's check then says which."""
 
@@ -118,7 +132,7 @@ def _looks_at_values(op: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
 KERNELS = CompiledKernels(_cpu).kernels() | {
     "nearest_prepare": _nearest_prepare,
     "residual_nearest": _residual_nearest,
-    "transition_matmul": by_samples,
+    "transition_matmul": on_chain(partial(by_samples, multiply=_multiply)),
     "dynamic_lookup": _dynamic_lookup,
     "dynamic_lookup_backward": _dynamic_lookup_backward,
 }

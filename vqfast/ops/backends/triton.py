@@ -20,6 +20,8 @@ NAME = "triton"
 PRIORITY = 20
 DEVICES = ("cuda", "cpu")
 
+_MOST_STEP_CODES = 512  # MOST_CODES of kernels/matrix_sample/triton.py, which is not imported for it
+
 
 def unavailable(device_type: str) -> str | None:
     spec = find_spec("triton")
@@ -32,7 +34,11 @@ def unavailable(device_type: str) -> str | None:
 
 
 def unsupported(op: str, args: tuple) -> str | None:
-    return None if op in KERNELS else f"it has no kernel for {op}"
+    if op not in KERNELS:
+        return f"it has no kernel for {op}"
+    if op in ("matrix_loss", "matrix_sample") and args[0].shape[-1] > _MOST_STEP_CODES:
+        return f"K = {args[0].shape[-1]} codes, at most {_MOST_STEP_CODES} are kept in registers"
+    return None
 
 
 def _on_its_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,6 +139,18 @@ def _p_sample(logits: Tensor, *rest: Any) -> Tensor:
     return p_sample(logits, *rest)
 
 
+def _matrix_loss(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    from vqfast.kernels.matrix_loss.triton import matrix_loss
+
+    return matrix_loss(logits, *rest)
+
+
+def _matrix_sample(logits: Tensor, *rest: Any) -> Tensor:
+    from vqfast.kernels.matrix_sample.triton import matrix_sample
+
+    return matrix_sample(logits, *rest)
+
+
 def _pack(values: Tensor, grains: Tensor, region: bool, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from vqfast.kernels.pack.triton import pack
 
@@ -182,6 +200,8 @@ KERNELS = {
     "diffusion_loss": _on_its_device(_diffusion_loss),
     "scale_rows_": _on_its_device(_scale_rows_),
     "p_sample": _on_its_device(_p_sample),
+    "matrix_loss": _on_its_device(_matrix_loss),
+    "matrix_sample": _on_its_device(_matrix_sample),
     "pack": _on_its_device(_pack),
     "unpack": _on_its_device(_unpack),
     "unpack_backward": _on_its_device(_unpack_backward),

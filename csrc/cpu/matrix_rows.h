@@ -96,13 +96,13 @@ static double exp_wide_scores(const double *scores, int64_t n, double largest, d
   return total;
 }
 
-// scores -= log q, -infinity where q is 0. Returns the largest; NaN is passed over.
+// scores -= log q, -infinity where that is too small. Returns the largest; NaN is passed over.
 static double subtract_logs(double *scores, const double *q, int64_t n) {
   const vd never = splat(-__builtin_inf());
   vd most = never;
   for (int64_t k = 0; k < n; k += kDoubles) {
     const vd given = load(q + k), score = load(scores + k) - log(given);
-    const vd kept = given == (vd){} ? never : score;
+    const vd kept = given < splat(VQFAST_LEAST_EVIDENCE) ? never : score;
     store(scores + k, kept);
     most = max(kept, most);
   }

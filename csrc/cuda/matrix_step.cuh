@@ -100,7 +100,7 @@ struct WarpScores {
       top = -INFINITY;
       for (int k = threadIdx.x % 32; k < K; k += 32) {
         const double q = values[k * pitch], own = score(k);
-        values[k * pitch] = q > 0 && likely.kept(own, (unsigned)k) ? own - log(q) : -INFINITY;
+        values[k * pitch] = q >= VQFAST_LEAST_EVIDENCE && likely.kept(own, (unsigned)k) ? own - log(q) : -INFINITY;
         top = fmax(top, values[k * pitch]);
       }
       top = warp_reduce(top, Max());

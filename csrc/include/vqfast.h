@@ -106,6 +106,9 @@ typedef struct {
   int64_t stride_prior, stride_likelihood;
 } vqfast_step;
 
+/* What the marginal rule takes q(x_t | x_0) for 0 below: products of smaller numbers leave the range of a double. */
+#define VQFAST_LEAST_EVIDENCE 1e-290
+
 /* out (R, K) = rows (R, K) matrix (K, K), or its transpose, float64; numbers below the smallest normal one count as 0. */
 int vqfast_cpu_matrix_product(const double *rows, int64_t R, const double *matrix, int64_t K, int transpose,
                               double *out);

@@ -4,6 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+# What q(x_t | x_0) is at the least where x_0 can have led to x_t: the products below it leave the range of float64, and
+# the marginal rule divides by their sum.
+LEAST_EVIDENCE = 1e-290
+
 
 def rows_of(matrices: Tensor, codes: Tensor) -> Tensor:
     """(B, L, K): row codes[b, l] of matrices[b]. matrices: (B, K, K). codes: (B, L) int64."""
@@ -21,7 +25,7 @@ def marginal(log_p: Tensor, q: Tensor) -> Tensor:
 
     An x_0 that cannot have led to x_t has no posterior of x_s, and no weight. q: (B, L, K), q(x_t | x_0 = k).
     """
-    possible = q > 0
+    possible = q >= LEAST_EVIDENCE
     return torch.log_softmax(torch.where(possible, log_p - log(q).where(possible, 0), -torch.inf), dim=-1)
 
 

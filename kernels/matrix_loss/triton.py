@@ -23,7 +23,7 @@ from vqfast.kernels.matrix_sample.triton import (
 def _matrix_loss_kernel(
     logits_ptr, x0_ptr, x_t_ptr, s_ptr, prior_ptr, likelihood_ptr, evidence_ptr, scale_ptr, loss_ptr, grad_ptr,
     L, K, tiles, stride_prior, stride_likelihood, aux_weight: tl.float64,
-    AUXILIARY: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    AUXILIARY: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     within = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
@@ -47,7 +47,7 @@ def _matrix_loss_kernel(
         loss -= auxiliary * (tl.sum(tl.where(k[None, :] == x0[:, None], scores, 0.0), 1) - tl.log(total))
     top = tl.zeros((ROWS,), tl.float64)
     if evidence_ptr is not None:
-        scores -= log_evidence(evidence_ptr, rows, reads, k, K)
+        scores -= log_evidence(evidence_ptr, rows, reads, k, K, LEAST)
         top = tl.max(scores, 1)
         scores -= top[:, None]
 
@@ -58,7 +58,7 @@ def _matrix_loss_kernel(
             codes = start + tl.arange(0, CHUNK)
             part = scores_of(logits_ptr, None, rows, reads, codes, K, 1.0) - largest[:, None]
             if evidence_ptr is not None:
-                part -= log_evidence(evidence_ptr, rows, reads, codes, K)
+                part -= log_evidence(evidence_ptr, rows, reads, codes, K, LEAST)
             model = tl.dot(tl.exp(part - top[:, None]), matrix_rows(prior_ptr, codes, k, K), model)
         log_model = log_of(model)
     log_f = log_of(matrix_rows(likelihood_ptr, code_of(x_t_ptr, rows, reads, K), k, K))
@@ -93,7 +93,7 @@ def _matrix_loss_kernel(
                 part = scores_of(logits_ptr, None, rows, reads, codes, K, 1.0) - largest[:, None]
                 prediction = part
                 if evidence_ptr is not None:
-                    prediction -= log_evidence(evidence_ptr, rows, reads, codes, K)
+                    prediction -= log_evidence(evidence_ptr, rows, reads, codes, K, LEAST)
                 back = tl.dot(per_model, tl.trans(matrix_rows(prior_ptr, codes, k, K)))
                 gradient = tl.exp(prediction - top[:, None]) * back
                 if AUXILIARY:

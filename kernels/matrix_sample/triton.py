@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vqfast.kernels.fusion_triton import FUSED
-from vqfast.kernels.matrix_loss.reference import rows_of
+from vqfast.kernels.matrix_loss.reference import LEAST_EVIDENCE, rows_of
 from vqfast.kernels.philox_triton import philox, uniform
 
 # Rows of a tile: the least that a product takes. Codes of the prediction at a time. Codes at most: 512 registers of
@@ -21,7 +21,7 @@ _NONE = tl.constexpr(2147483647)
 
 @triton.jit
 def scores_of(logits_ptr, other_ptr, rows, reads, k, K, guidance):
-    """(ROWS, codes) float64 scores, -inf beyond K and 0 in rows that are not read; other_ptr: unconditional, or None."""
+    """(ROWS, codes) float64 scores, -inf beyond K, 0 in rows that are not read; other_ptr: unconditional, or None."""
     at = rows[:, None] * K + k[None, :]
     inside = reads[:, None] & (k[None, :] < K)
     beyond = tl.where(k[None, :] < K, 0.0, float("-inf"))
@@ -35,11 +35,11 @@ def scores_of(logits_ptr, other_ptr, rows, reads, k, K, guidance):
 
 
 @triton.jit
-def log_evidence(evidence_ptr, rows, reads, k, K):
-    """Of what the marginal rule divides by: log q(x_t | x_0 = k), infinite where x_t cannot come from k."""
+def log_evidence(evidence_ptr, rows, reads, k, K, LEAST: tl.constexpr):
+    """What the marginal rule takes off: log q(x_t | x_0 = k), infinite where x_t cannot come from k (below LEAST)."""
     inside = reads[:, None] & (k[None, :] < K)
     q = tl.load(evidence_ptr + rows[:, None] * K + k[None, :], mask=inside, other=1.0)
-    return tl.where(q > 0, tl.log(tl.where(q > 0, q, 1.0)), float("inf"))
+    return tl.where(q >= LEAST, tl.log(tl.maximum(q, LEAST)), float("inf"))
 
 
 @triton.jit
@@ -133,6 +133,7 @@ def _matrix_sample_kernel(
     L, K, tiles, stride_prior, stride_likelihood,
     factor: tl.float64, guidance: tl.float64, top_k, top_p: tl.float64,
     TOP_K: tl.constexpr, TOP_P: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    LEAST: tl.constexpr,
 ):  # fmt: skip
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     within = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
@@ -155,7 +156,7 @@ def _matrix_sample_kernel(
         scores = tl.where(_kept(scores, k, least, last), scores, float("-inf"))
     top = tl.zeros((ROWS,), tl.float64)
     if evidence_ptr is not None:
-        scores -= log_evidence(evidence_ptr, rows, reads, k, K)
+        scores -= log_evidence(evidence_ptr, rows, reads, k, K, LEAST)
         top = tl.max(scores, 1)
         scores -= top[:, None]
 
@@ -168,7 +169,7 @@ def _matrix_sample_kernel(
             if TOP_K or TOP_P:
                 part = tl.where(_kept(part, codes, least, last), part, float("-inf"))
             if evidence_ptr is not None:
-                part -= log_evidence(evidence_ptr, rows, reads, codes, K)
+                part -= log_evidence(evidence_ptr, rows, reads, codes, K, LEAST)
             weights = tl.exp(part - top[:, None])
             product = tl.dot(weights, matrix_rows(prior_ptr, codes, k, K), product)
         log_model = log_of(product)
@@ -207,7 +208,7 @@ def evidence(x_t: Tensor, prior: Tensor, likelihood: Tensor) -> Tensor:
 def launch_sizes(K: int) -> dict[str, int]:
     """Compile-time sizes of a tile, and warps: 16 columns of a tile to a thread."""
     block = max(CHUNK, triton.next_power_of_2(K))
-    return dict(ROWS=ROWS, CHUNK=CHUNK, BLOCK=block, num_warps=max(min(block // 32, 16), 4))
+    return dict(ROWS=ROWS, CHUNK=CHUNK, BLOCK=block, LEAST=LEAST_EVIDENCE, num_warps=max(min(block // 32, 16), 4))
 
 
 def matrix_sample(

@@ -309,7 +309,6 @@ def test_truncation_where_the_largest_score_is_zero(dtype, largest):
         assert torch.equal(*draws)
 
 
-
 def test_lookup_of_many_rows_matches_the_reference():
     x, codebook, indices = inputs(dict(N=4000, K=33, D=40, masked=True), torch.float32, "cpu", seed=7)
     got, want = torch.ops.vqfast.lookup(x, codebook, indices), lookup(x.double(), codebook.double(), indices)

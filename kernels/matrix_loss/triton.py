@@ -1,4 +1,8 @@
-"""Loss of a step through matrices with its gradient, in Triton: see kernels/matrix_sample/triton.py for the tiles."""
+"""Loss of a step through matrices with its gradient, in Triton: three kernels, a float64 row a token between them.
+
+The product with the prediction made on the way in; the divergence, a program a token; the product back with the
+softmax's gradient on the way out. In one kernel, as csrc/cuda has it, the posterior's tiles would spill registers.
+"""
 
 import torch
 import triton
@@ -19,92 +23,125 @@ from vqfast.kernels.matrix_sample.triton import (
 )
 
 
-@triton.jit(do_not_specialize=["L", "K"])
-def _matrix_loss_kernel(
-    logits_ptr, x0_ptr, x_t_ptr, s_ptr, prior_ptr, likelihood_ptr, evidence_ptr, scale_ptr, loss_ptr, grad_ptr,
-    L, K, tiles, stride_prior, stride_likelihood, aux_weight: tl.float64,
-    AUXILIARY: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, LEAST: tl.constexpr,
-):  # fmt: skip
+@triton.jit
+def _place(scale_ptr, L, tiles, ROWS: tl.constexpr):
+    """Sample and rows of this program's tile; which of them are inside, and which count."""
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     within = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    inside = within < L
     rows = sample * L + within
-    prior_ptr += sample * stride_prior
-    likelihood_ptr += sample * stride_likelihood
-    at_data = tl.load(s_ptr + sample) <= 0
-    scale = tl.load(scale_ptr + rows, mask=inside, other=0.0)
-    reads = scale != 0
-    x0 = code_of(x0_ptr, rows, reads, K)
-    k = tl.arange(0, BLOCK)
-    auxiliary = tl.full((), aux_weight, tl.float64)
+    scale = tl.load(scale_ptr + rows, mask=within < L, other=0.0)
+    return sample, rows, within < L, scale
 
+
+@triton.jit
+def _prediction(logits_ptr, evidence_ptr, rows, reads, k, K, largest, top):
+    """(ROWS, codes): log p(x_0 = k) as the rule has it, up to a number a row."""
+    scores = scores_of(logits_ptr, None, rows, reads, k, K, 1.0) - largest[:, None]
+    if evidence_ptr is not None:
+        scores -= log_evidence(evidence_ptr, rows, reads, k, K)
+    return scores - top[:, None]
+
+
+@triton.jit(do_not_specialize=["L", "K"])
+def _product_kernel(
+    logits_ptr, s_ptr, prior_ptr, evidence_ptr, scale_ptr, model_ptr, sums_ptr, L, K, tiles, stride_prior,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """model: p(x_0) times the prior, or at the data log p(x_0). sums: largest score, largest prediction, total."""
+    sample, rows, inside, scale = _place(scale_ptr, L, tiles, ROWS)
+    reads = scale != 0
+    prior_ptr += sample * stride_prior
+    k = tl.arange(0, BLOCK)
+    at = rows[:, None] * K + k[None, :]
+    written = inside[:, None] & (k[None, :] < K)
     scores = scores_of(logits_ptr, None, rows, reads, k, K, 1.0)
     largest = tl.max(scores, 1)
-    scores -= largest[:, None]
-    total = tl.sum(tl.exp(scores), 1)
-    loss = tl.zeros((ROWS,), tl.float64)
-    if AUXILIARY:
-        loss -= auxiliary * (tl.sum(tl.where(k[None, :] == x0[:, None], scores, 0.0), 1) - tl.log(total))
+    total = tl.sum(tl.exp(scores - largest[:, None]), 1)
     top = tl.zeros((ROWS,), tl.float64)
     if evidence_ptr is not None:
-        scores -= log_evidence(evidence_ptr, rows, reads, k, K, LEAST)
-        top = tl.max(scores, 1)
-        scores -= top[:, None]
-
-    log_model = scores
-    model = tl.zeros((ROWS, BLOCK), tl.float64)
-    if at_data == 0:
+        top = tl.max(_prediction(logits_ptr, evidence_ptr, rows, reads, k, K, largest, top), 1)
+    tl.store(sums_ptr + 3 * rows, largest, mask=inside)
+    tl.store(sums_ptr + 3 * rows + 1, top, mask=inside)
+    tl.store(sums_ptr + 3 * rows + 2, total, mask=inside)
+    if tl.load(s_ptr + sample) <= 0:
+        log_p = _prediction(logits_ptr, evidence_ptr, rows, reads, k, K, largest, top)
+        tl.store(model_ptr + at, log_p, mask=written)
+    else:
+        model = tl.zeros((ROWS, BLOCK), tl.float64)
         for start in range(0, K, CHUNK):
             codes = start + tl.arange(0, CHUNK)
-            part = scores_of(logits_ptr, None, rows, reads, codes, K, 1.0) - largest[:, None]
-            if evidence_ptr is not None:
-                part -= log_evidence(evidence_ptr, rows, reads, codes, K, LEAST)
-            model = tl.dot(tl.exp(part - top[:, None]), matrix_rows(prior_ptr, codes, k, K), model)
-        log_model = log_of(model)
-    log_f = log_of(matrix_rows(likelihood_ptr, code_of(x_t_ptr, rows, reads, K), k, K))
-    log_true = log_of(matrix_rows(prior_ptr, x0, k, K))
-    top_true, top_model = tl.max(log_f + log_true, 1), tl.max(log_f + log_model, 1)
-    a = tl.exp(log_f + log_true - top_true[:, None])
-    b = tl.exp(log_f + log_model - top_model[:, None])
-    sum_true, sum_model = tl.sum(a, 1), tl.sum(b, 1)
-    a /= sum_true[:, None]
-    b /= sum_model[:, None]
-    # 0 log 0 = 0. A pair of x_0 and x_t that the chain cannot give is NaN, and stays it.
-    mean = tl.sum(tl.where(a == 0, 0.0, a * (log_true - log_model)), 1)
-    loss += mean + ((top_model - top_true) + (tl.log(sum_model) - tl.log(sum_true)))
-    tl.store(loss_ptr + rows, tl.where(reads, loss, 0.0).to(loss_ptr.dtype.element_ty), mask=inside)
+            log_p = _prediction(logits_ptr, evidence_ptr, rows, reads, codes, K, largest, top)
+            model = tl.dot(tl.exp(log_p), matrix_rows(prior_ptr, codes, k, K), model)
+        tl.store(model_ptr + at, model, mask=written)
 
-    if grad_ptr is not None:
-        slope = b - a
+
+@triton.jit(do_not_specialize=["L", "K"])
+def _divergence_kernel(
+    logits_ptr, x0_ptr, x_t_ptr, s_ptr, prior_ptr, likelihood_ptr, scale_ptr, model_ptr, sums_ptr, loss_ptr,
+    L, K, stride_prior, stride_likelihood, aux_weight: tl.float64, AUXILIARY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A token's loss; its row of model becomes dKL / dmodel, or at the data dKL / dlog p(x_0)."""
+    row = tl.program_id(0).to(tl.int64)
+    sample = row // L
+    loss = tl.full((), 0.0, tl.float64)
+    if tl.load(scale_ptr + row) != 0:
+        k = tl.arange(0, BLOCK)
+        inside = k < K
+        at_data = tl.load(s_ptr + sample) <= 0
+        x0, x_t = code_of(x0_ptr, row, True, K), code_of(x_t_ptr, row, True, K)
+        model = tl.load(model_ptr + row * K + k, mask=inside, other=0.0)
+        log_model = tl.where(at_data, tl.where(inside, model, float("-inf")), log_of(model))
+        likelihood = tl.load(likelihood_ptr + sample * stride_likelihood + x_t * K + k, mask=inside, other=0.0)
+        log_f = log_of(likelihood)
+        log_true = log_of(tl.load(prior_ptr + sample * stride_prior + x0 * K + k, mask=inside, other=0.0))
+        top_true, top_model = tl.max(log_f + log_true, 0), tl.max(log_f + log_model, 0)
+        a, b = tl.exp(log_f + log_true - top_true), tl.exp(log_f + log_model - top_model)
+        sum_true, sum_model = tl.sum(a, 0), tl.sum(b, 0)
+        a, b = a / sum_true, b / sum_model
+        # 0 log 0 = 0. A pair of x_0 and x_t that the chain cannot give is NaN, and stays it.
+        mean = tl.sum(tl.where(a == 0, 0.0, a * (log_true - log_model)), 0)
+        loss = mean + ((top_model - top_true) + (tl.log(sum_model) - tl.log(sum_true)))
+        if AUXILIARY:
+            margin = tl.load(logits_ptr + row * K + x0).to(tl.float64) - tl.load(sums_ptr + 3 * row)
+            loss -= tl.full((), aux_weight, tl.float64) * (margin - tl.log(tl.load(sums_ptr + 3 * row + 2)))
+        nothing = (model == 0) & (at_data == 0)
+        slope = tl.where(nothing, 0.0, (b - a) / tl.where(nothing | at_data, 1.0, model))
+        tl.store(model_ptr + row * K + k, slope, mask=inside)
+    tl.store(loss_ptr + row, loss.to(loss_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["L", "K"])
+def _gradient_kernel(
+    logits_ptr, x0_ptr, s_ptr, prior_ptr, evidence_ptr, scale_ptr, slope_ptr, sums_ptr, grad_ptr,
+    L, K, tiles, stride_prior, aux_weight: tl.float64, AUXILIARY: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sample, rows, inside, scale = _place(scale_ptr, L, tiles, ROWS)
+    reads = scale != 0
+    prior_ptr += sample * stride_prior
+    at_data = tl.load(s_ptr + sample) <= 0
+    x0 = code_of(x0_ptr, rows, reads, K)
+    largest = tl.load(sums_ptr + 3 * rows, mask=reads, other=0.0)
+    top = tl.load(sums_ptr + 3 * rows + 1, mask=reads, other=0.0)
+    total = tl.load(sums_ptr + 3 * rows + 2, mask=reads, other=1.0)
+    j = tl.arange(0, BLOCK)
+    slopes = tl.load(slope_ptr + rows[:, None] * K + j[None, :], mask=reads[:, None] & (j[None, :] < K), other=0.0)
+    for start in range(0, K, CHUNK):
+        codes = start + tl.arange(0, CHUNK)
+        at = rows[:, None] * K + codes[None, :]
         if at_data:
-            if AUXILIARY:
-                own = tl.exp(scores_of(logits_ptr, None, rows, reads, k, K, 1.0) - largest[:, None]) / total[:, None]
-                slope += auxiliary * (own - (k[None, :] == x0[:, None]).to(tl.float64))
-            slope = tl.where(reads[:, None], slope * scale[:, None], 0.0)
-            tl.store(
-                grad_ptr + rows[:, None] * K + k[None, :],
-                slope.to(grad_ptr.dtype.element_ty),
-                mask=inside[:, None] & (k[None, :] < K),
-            )
+            gradient = tl.load(slope_ptr + at, mask=reads[:, None] & (codes[None, :] < K), other=0.0)
         else:
-            per_model = tl.where(model == 0, 0.0, slope / tl.where(model == 0, 1.0, model))
-            for start in range(0, K, CHUNK):
-                codes = start + tl.arange(0, CHUNK)
-                part = scores_of(logits_ptr, None, rows, reads, codes, K, 1.0) - largest[:, None]
-                prediction = part
-                if evidence_ptr is not None:
-                    prediction -= log_evidence(evidence_ptr, rows, reads, codes, K, LEAST)
-                back = tl.dot(per_model, tl.trans(matrix_rows(prior_ptr, codes, k, K)))
-                gradient = tl.exp(prediction - top[:, None]) * back
-                if AUXILIARY:
-                    own = tl.exp(part) / total[:, None]
-                    gradient += auxiliary * (own - (codes[None, :] == x0[:, None]).to(tl.float64))
-                gradient = tl.where(reads[:, None], gradient * scale[:, None], 0.0)
-                tl.store(
-                    grad_ptr + rows[:, None] * K + codes[None, :],
-                    gradient.to(grad_ptr.dtype.element_ty),
-                    mask=inside[:, None] & (codes[None, :] < K),
-                )
+            log_p = _prediction(logits_ptr, evidence_ptr, rows, reads, codes, K, largest, top)
+            gradient = tl.exp(log_p) * tl.dot(slopes, tl.trans(matrix_rows(prior_ptr, codes, j, K)))
+        if AUXILIARY:
+            own = tl.exp(scores_of(logits_ptr, None, rows, reads, codes, K, 1.0) - largest[:, None]) / total[:, None]
+            here = (codes[None, :] == x0[:, None]).to(tl.float64)
+            gradient += tl.full((), aux_weight, tl.float64) * (own - here)
+        gradient = tl.where(reads[:, None], gradient * scale[:, None], 0.0)
+        if grad_ptr.dtype.element_ty != tl.float64:
+            gradient = gradient.to(tl.float32)  # to the half precisions there is no direct way
+        tl.store(grad_ptr + at, gradient.to(grad_ptr.dtype.element_ty), mask=inside[:, None] & (codes[None, :] < K))
 
 
 def matrix_loss(
@@ -126,25 +163,22 @@ def matrix_loss(
     B, L, K = logits.shape
     tiles = triton.cdiv(L, ROWS)
     (prior_rows, stride_prior), (likelihood_rows, stride_likelihood) = strided(prior), strided(likelihood)
-    _matrix_loss_kernel[(B * tiles,)](
-        logits.contiguous(),
-        x0.contiguous(),
-        x_t.contiguous(),
-        s.contiguous(),
-        prior_rows,
-        likelihood_rows,
-        evidence(x_t, prior, likelihood) if marginal else None,
-        scale.contiguous(),
-        loss,
-        grad if with_grad else None,
-        L,
-        K,
-        tiles,
-        stride_prior,
-        stride_likelihood,
-        aux_weight,
-        AUXILIARY=aux_weight != 0,
-        **launch_sizes(K),
-        **FUSED,
+    logits, x0, s, scale = logits.contiguous(), x0.contiguous(), s.contiguous(), scale.contiguous()
+    x_t = x_t.contiguous()
+    given = evidence(x_t, prior, likelihood) if marginal else None
+    model = logits.new_empty(logits.shape, dtype=torch.float64)
+    sums = logits.new_empty((B * L, 3), dtype=torch.float64)
+    sizes = launch_sizes(K)
+    _product_kernel[(B * tiles,)](
+        logits, s, prior_rows, given, scale, model, sums, L, K, tiles, stride_prior, **sizes, **FUSED
     )
+    _divergence_kernel[(B * L,)](
+        logits, x0, x_t, s, prior_rows, likelihood_rows, scale, model, sums, loss, L, K, stride_prior,
+        stride_likelihood, aux_weight, AUXILIARY=aux_weight != 0, BLOCK=sizes["BLOCK"], num_warps=1, **FUSED,
+    )  # fmt: skip
+    if with_grad:
+        _gradient_kernel[(B * tiles,)](
+            logits, x0, s, prior_rows, given, scale, model, sums, grad, L, K, tiles, stride_prior, aux_weight,
+            AUXILIARY=aux_weight != 0, **sizes, **FUSED,
+        )  # fmt: skip
     return loss, grad

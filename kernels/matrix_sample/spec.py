@@ -48,7 +48,7 @@ SPEC = Spec(
         dict(B=2, L=40, K=256, T=4, banded=True, sharpness=8.0),
         dict(B=4, L=33, K=47, T=4, shared=True, step=2, top_k=9, guidance=2.0),
         dict(B=4, L=33, K=47, T=4, shared=True, step=4, marginal=True, top_p=0.8),
-        dict(B=2, L=30, K=300, T=3, top_k=40, top_p=0.9, temperature=1.3),
+        dict(B=2, L=30, K=128, T=3, top_k=40, top_p=0.9, temperature=1.3),
     ),
     bench_shapes=(dict(B=32, L=256, K=256, T=16, banded=True, shared=True),),
     bytes_moved=lambda s, dtype: s["B"] * s["L"] * (s["K"] * dtype.itemsize + 16) + 16 * s["K"] ** 2,

@@ -13,9 +13,9 @@ from vqfast.kernels.fusion_triton import FUSED
 from vqfast.kernels.matrix_loss.reference import LEAST_EVIDENCE, rows_of
 from vqfast.kernels.philox_triton import philox, uniform
 
-# Rows of a tile: the least that a product takes. Codes of the prediction at a time. Codes at most: 512 registers of
-# float64 are what a program has for each row of a tile.
-ROWS, CHUNK, MOST_CODES = 16, 16, 512
+# Rows of a tile: the least that a product takes. Codes of the prediction at a time. Codes at most: of larger tiles the
+# registers of a multiprocessor hold too few.
+ROWS, CHUNK, MOST_CODES = 16, 16, 256
 _NONE = tl.constexpr(2147483647)
 
 
@@ -35,11 +35,9 @@ def scores_of(logits_ptr, other_ptr, rows, reads, k, K, guidance):
 
 
 @triton.jit
-def log_evidence(evidence_ptr, rows, reads, k, K, LEAST: tl.constexpr):
-    """What the marginal rule takes off: log q(x_t | x_0 = k), infinite where x_t cannot come from k (below LEAST)."""
-    inside = reads[:, None] & (k[None, :] < K)
-    q = tl.load(evidence_ptr + rows[:, None] * K + k[None, :], mask=inside, other=1.0)
-    return tl.where(q >= LEAST, tl.log(tl.maximum(q, LEAST)), float("inf"))
+def log_evidence(evidence_ptr, rows, reads, k, K):
+    """What the marginal rule takes off a score, see `evidence`."""
+    return tl.load(evidence_ptr + rows[:, None] * K + k[None, :], mask=reads[:, None] & (k[None, :] < K), other=0.0)
 
 
 @triton.jit
@@ -127,13 +125,24 @@ def _likely(scores, k, K, weights, top_k, top_p, TOP_K: tl.constexpr, TOP_P: tl.
     return least, last
 
 
+@triton.jit
+def _prediction(logits_ptr, other_ptr, evidence_ptr, rows, reads, k, K, guidance, largest, factor, least, last, top,
+                TRUNCATED: tl.constexpr):  # fmt: skip
+    """(ROWS, codes): log p(x_0 = k) as the options and the rule have it, up to a number a row."""
+    log_p = (scores_of(logits_ptr, other_ptr, rows, reads, k, K, guidance) - largest[:, None]) * factor
+    if TRUNCATED:
+        log_p = tl.where(_kept(log_p, k, least, last), log_p, float("-inf"))
+    if evidence_ptr is not None:
+        log_p -= log_evidence(evidence_ptr, rows, reads, k, K)
+    return log_p - top[:, None]
+
+
 @triton.jit(do_not_specialize=["L", "K", "top_k"])
 def _matrix_sample_kernel(
     logits_ptr, other_ptr, x_t_ptr, s_ptr, prior_ptr, likelihood_ptr, evidence_ptr, known_ptr, key_ptr, out_ptr,
     L, K, tiles, stride_prior, stride_likelihood,
     factor: tl.float64, guidance: tl.float64, top_k, top_p: tl.float64,
     TOP_K: tl.constexpr, TOP_P: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-    LEAST: tl.constexpr,
 ):  # fmt: skip
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     within = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
@@ -153,25 +162,26 @@ def _matrix_sample_kernel(
     last = tl.full((ROWS,), _NONE, tl.int32)
     if TOP_K or TOP_P:
         least, last = _likely(scores, k, K, tl.exp(scores), top_k, top_p, TOP_K, TOP_P, ROWS)
-        scores = tl.where(_kept(scores, k, least, last), scores, float("-inf"))
     top = tl.zeros((ROWS,), tl.float64)
     if evidence_ptr is not None:
-        scores -= log_evidence(evidence_ptr, rows, reads, k, K, LEAST)
-        top = tl.max(scores, 1)
-        scores -= top[:, None]
+        if TOP_K or TOP_P:
+            scores = tl.where(_kept(scores, k, least, last), scores, float("-inf"))
+        top = tl.max(scores - log_evidence(evidence_ptr, rows, reads, k, K), 1)
 
-    log_model = scores
-    if at_data == 0:
+    # Made anew, for it would be in registers during the product.
+    if at_data:
+        log_model = _prediction(
+            logits_ptr, other_ptr, evidence_ptr, rows, reads, k, K, guide, largest, by, least, last, top, TOP_K or TOP_P
+        )
+    else:
         product = tl.zeros((ROWS, BLOCK), tl.float64)
         for start in range(0, K, CHUNK):
             codes = start + tl.arange(0, CHUNK)
-            part = (scores_of(logits_ptr, other_ptr, rows, reads, codes, K, guide) - largest[:, None]) * by
-            if TOP_K or TOP_P:
-                part = tl.where(_kept(part, codes, least, last), part, float("-inf"))
-            if evidence_ptr is not None:
-                part -= log_evidence(evidence_ptr, rows, reads, codes, K, LEAST)
-            weights = tl.exp(part - top[:, None])
-            product = tl.dot(weights, matrix_rows(prior_ptr, codes, k, K), product)
+            log_p = _prediction(
+                logits_ptr, other_ptr, evidence_ptr, rows, reads, codes, K, guide, largest, by, least, last, top,
+                TOP_K or TOP_P,
+            )  # fmt: skip
+            product = tl.dot(tl.exp(log_p), matrix_rows(prior_ptr, codes, k, K), product)
         log_model = log_of(product)
     log_f = log_of(matrix_rows(likelihood_ptr, code_of(x_t_ptr, rows, reads, K), k, K))
     log_weight = log_f + log_model
@@ -201,14 +211,15 @@ def strided(matrices: Tensor) -> tuple[Tensor, int]:
 
 
 def evidence(x_t: Tensor, prior: Tensor, likelihood: Tensor) -> Tensor:
-    """(B, L, K): q(x_t | x_0 = k) for every k, which the marginal rule divides by; the BLAS's product."""
-    return (rows_of(likelihood, x_t.clamp(0, prior.shape[-1] - 1)) @ prior.mT).contiguous()
+    """(B, L, K): log q(x_t | x_0 = k) for every k, infinite where x_t cannot come from k; the BLAS's product."""
+    q = rows_of(likelihood, x_t.clamp(0, prior.shape[-1] - 1)) @ prior.mT
+    return torch.where(q >= LEAST_EVIDENCE, q.log(), torch.inf).contiguous()
 
 
 def launch_sizes(K: int) -> dict[str, int]:
-    """Compile-time sizes of a tile, and warps: 16 columns of a tile to a thread."""
+    """Compile-time sizes of a tile, and warps: at most 16 numbers of a tile to a thread."""
     block = max(CHUNK, triton.next_power_of_2(K))
-    return dict(ROWS=ROWS, CHUNK=CHUNK, BLOCK=block, LEAST=LEAST_EVIDENCE, num_warps=max(min(block // 32, 16), 4))
+    return dict(ROWS=ROWS, CHUNK=CHUNK, BLOCK=block, num_warps=8 if block >= 128 else 4)
 
 
 def matrix_sample(

@@ -33,6 +33,12 @@ def test_tiles_of_any_height_give_the_same_bits():
             assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.parametrize("spec", [LOSS, SAMPLE], ids=lambda spec: spec.op)
+def test_codes_that_take_the_threads_two_turns(spec):
+    args = spec.inputs(dict(B=1, L=5, K=300, T=2, shared=True, step=2, known=True), torch.float32, "cpu", 7)
+    spec.check(simulator.result(spec.op, simulator.run([simulator.CALLS[spec.op](*args)])[0]), args)
+
+
 def test_without_a_gradient_no_transpose_is_read():
     *args, with_grad = LOSS.inputs(SHAPES[0], torch.bfloat16, "cpu", 4)
     assert with_grad

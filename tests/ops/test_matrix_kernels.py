@@ -133,6 +133,13 @@ def test_scores_that_are_no_distribution_leave_the_token(backend):
     assert torch.equal(got[:, :3], plain[:, :3]) and torch.equal(got[:, 6:], plain[:, 6:])
 
 
+@pytest.mark.parametrize("spec", [loss_spec.SPEC, sample_spec.SPEC], ids=lambda spec: spec.op)
+def test_more_codes_than_some_kernels_hold(spec, backend):
+    for shape in (dict(B=2, L=7, K=300, T=3, marginal=True, top_k=40, top_p=0.9), dict(B=1, L=3, K=1030, T=2)):
+        args = spec.inputs(shape, torch.float32, "cpu", 12)
+        spec.check(getattr(torch.ops.vqfast, spec.op)(*args), args)
+
+
 def far_apart() -> tuple[torch.Tensor, ...]:
     """s, prior and likelihood whose products are all far below the smallest float64; of two codes each."""
     prior = torch.tensor([[[1.0, 1e-220], [1e-220, 1.0]]], dtype=torch.float64)

@@ -65,6 +65,11 @@ SHAPES = {
         dict(B=1, L=2, K=1024, T=10, family="mask_and_replace", marginal=True, guidance=2.0, top_k=40, top_p=0.9),
         dict(B=1, L=2, K=5000, T=10, family="marginal", top_k=40),
     ],
+    "matrix_loss": [dict(B=1, L=2, K=256, T=2, aux_weight=0.1), dict(B=1, L=2, K=100, T=2, marginal=True)],
+    "matrix_sample": [
+        dict(B=1, L=2, K=256, T=2, known=True),
+        dict(B=1, L=2, K=128, T=2, marginal=True, guidance=2.0, top_k=40, top_p=0.9),
+    ],
     "pack": [dict(B=2, H=16, W=16, G=2, D=256), dict(B=2, H=16, W=16, G=3, region=True)],
     "unpack": [dict(B=2, H=16, W=16, G=2, D=256), dict(B=2, H=16, W=16, G=3, corner=True)],
     "unpack_backward": [dict(B=2, H=16, W=16, G=2, D=256), dict(B=2, H=16, W=16, G=3)],

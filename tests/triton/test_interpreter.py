@@ -30,6 +30,7 @@ CASES: dict[str, dict[str, Callable[[], None]]] = {
     "statistics": {},
     "diffusion": {},
     "sampling": {},
+    "matrices": {},
     "packing": {},
 }
 _GROUP = {
@@ -40,6 +41,8 @@ _GROUP = {
     "q_sample": "diffusion",
     "diffusion_loss": "diffusion",
     "p_sample": "sampling",
+    "matrix_loss": "matrices",
+    "matrix_sample": "matrices",
     "pack": "packing",
     "unpack": "packing",
     "unpack_backward": "packing",
@@ -64,7 +67,9 @@ def _programs(op: str, shape: dict) -> int:
 
 # A program a token, or a row that its scores leave open, many of the interpreter's calls each: of this many, in float32
 # and in other dtypes.
-_TOKENS = {"diffusion_loss": (12, 4), "p_sample": (16, 4), "nearest": (12, 6)}
+_TOKENS = {
+    "diffusion_loss": (12, 4), "p_sample": (16, 4), "nearest": (12, 6), "matrix_loss": (36, 6), "matrix_sample": (36, 6)
+}  # fmt: skip
 
 
 def _smaller(op: str, dtype: torch.dtype, shape: dict) -> dict:

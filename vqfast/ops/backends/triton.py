@@ -20,7 +20,7 @@ NAME = "triton"
 PRIORITY = 20
 DEVICES = ("cuda", "cpu")
 
-_MOST_STEP_CODES = 512  # MOST_CODES of kernels/matrix_sample/triton.py, which is not imported for it
+_MOST_STEP_CODES = 256  # MOST_CODES of kernels/matrix_sample/triton.py, which is not imported for it
 
 
 def unavailable(device_type: str) -> str | None:
@@ -36,8 +36,12 @@ def unavailable(device_type: str) -> str | None:
 def unsupported(op: str, args: tuple) -> str | None:
     if op not in KERNELS:
         return f"it has no kernel for {op}"
-    if op in ("matrix_loss", "matrix_sample") and args[0].shape[-1] > _MOST_STEP_CODES:
-        return f"K = {args[0].shape[-1]} codes, at most {_MOST_STEP_CODES} are kept in registers"
+    if op in ("matrix_loss", "matrix_sample"):
+        # Arguments 10 and 11 of matrix_sample are top_k and top_p.
+        truncates = op == "matrix_sample" and (args[10] > 0 or args[11] < 1)
+        most = _MOST_STEP_CODES // 2 if truncates else _MOST_STEP_CODES
+        if args[0].shape[-1] > most:
+            return f"K = {args[0].shape[-1]} codes, at most {most} are kept in registers"
     return None
 
 

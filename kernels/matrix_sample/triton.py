@@ -13,9 +13,8 @@ from vqfast.kernels.fusion_triton import FUSED
 from vqfast.kernels.matrix_loss.reference import LEAST_EVIDENCE, rows_of
 from vqfast.kernels.philox_triton import philox, uniform
 
-# Rows of a tile: the least that a product takes. Codes of the prediction at a time. Codes at most: of larger tiles the
-# registers of a multiprocessor hold too few.
-ROWS, CHUNK, MOST_CODES = 16, 16, 256
+# Rows of a tile: the least that a product takes. Codes of the prediction at a time.
+ROWS, CHUNK = 16, 16
 _NONE = tl.constexpr(2147483647)
 
 

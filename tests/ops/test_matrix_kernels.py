@@ -14,6 +14,7 @@ from vqfast.kernels.transition_matmul.library import by_samples, chain_matrices,
 from vqfast.kernels.transition_matmul.reference import Chain
 from vqfast.kernels.transition_matmul.spec import chain as random_chain
 from vqfast.ops import Dense, Gaussian, Nearest, SymmetricRate, diffusion_loss, matrix_diffusion, p_sample, registry
+from vqfast.ops.backends import cuda, triton
 
 BACKENDS = [b for b in ("cpu", "reference") if registry.status("cpu")[b] is None]
 K, T, B, L = 21, 9, 6, 15
@@ -138,6 +139,16 @@ def test_more_codes_than_some_kernels_hold(spec, backend):
     for shape in (dict(B=2, L=7, K=300, T=3, marginal=True, top_k=40, top_p=0.9), dict(B=1, L=3, K=1030, T=2)):
         args = spec.inputs(shape, torch.float32, "cpu", 12)
         spec.check(getattr(torch.ops.vqfast, spec.op)(*args), args)
+
+
+def test_backends_say_how_many_codes_they_hold():
+    loss, sample = (
+        spec.inputs(dict(B=1, L=1, K=1025, T=1, top_k=3), torch.float32, "cpu", 13)
+        for spec in (loss_spec.SPEC, sample_spec.SPEC)
+    )
+    assert "K = 1025 codes, at most 1024" in cuda.unsupported("matrix_loss", loss)
+    assert "K = 1025 codes, at most 256" in triton.unsupported("matrix_loss", loss)
+    assert "K = 1025 codes, at most 128" in triton.unsupported("matrix_sample", sample)
 
 
 def far_apart() -> tuple[torch.Tensor, ...]:

@@ -20,7 +20,8 @@ NAME = "triton"
 PRIORITY = 20
 DEVICES = ("cuda", "cpu")
 
-_MOST_STEP_CODES = 256  # MOST_CODES of kernels/matrix_sample/triton.py, which is not imported for it
+# Of a step through matrices: tiles of more codes spill registers, and truncated ones of half as many.
+_MOST_STEP_CODES = 256
 
 
 def unavailable(device_type: str) -> str | None:

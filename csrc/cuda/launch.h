@@ -181,6 +181,7 @@ constexpr LaunchPlan softmax_plan(int64_t rows, int64_t K, int vector, int64_t a
 // ---- a step through matrices ---------------------------------------------------------------------------------------
 
 constexpr unsigned kStepThreads = 128;
+constexpr int kStepBlocks = 2;  // a multiprocessor at the least: without it ptxas takes fewer registers than it needs
 constexpr int kStepColumns = 2;  // of a product, that a thread sums up at once
 constexpr int64_t kMostStepCodes = 1024;
 

@@ -252,7 +252,7 @@ __device__ int64_t warp_draw(int K, double quantile, int64_t otherwise, Weight w
 }
 
 template <typename T, int R>
-__global__ void __launch_bounds__(kStepThreads) matrix_sample_tiles(MatrixSampleArguments<T> args) {
+__global__ void __launch_bounds__(kStepThreads, kStepBlocks) matrix_sample_tiles(MatrixSampleArguments<T> args) {
   VQFAST_DYNAMIC_SHARED(memory);
   const StepArguments<T> &step = args.step;
   const int K = step.K, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -349,7 +349,7 @@ struct Auxiliary {
 };
 
 template <typename T, int R>
-__global__ void __launch_bounds__(kStepThreads) matrix_loss_tiles(MatrixLossArguments<T> args) {
+__global__ void __launch_bounds__(kStepThreads, kStepBlocks) matrix_loss_tiles(MatrixLossArguments<T> args) {
   VQFAST_DYNAMIC_SHARED(memory);
   VQFAST_SHARED(Auxiliary, auxiliary, [R]);
   const StepArguments<T> &step = args.step;

@@ -20,6 +20,7 @@ from vqfast.kernels.matrix_sample.triton import (
     matrix_rows,
     scores_of,
     strided,
+    widened,
 )
 
 
@@ -71,7 +72,7 @@ def _product_kernel(
         for start in range(0, K, CHUNK):
             codes = start + tl.arange(0, CHUNK)
             log_p = _prediction(logits_ptr, evidence_ptr, rows, reads, codes, K, largest, top)
-            model = tl.dot(tl.exp(log_p), matrix_rows(prior_ptr, codes, k, K), model)
+            model = tl.dot(tl.exp(log_p), matrix_rows(prior_ptr, codes, k, K), model, out_dtype=tl.float64)
         tl.store(model_ptr + at, model, mask=written)
 
 
@@ -133,7 +134,8 @@ def _gradient_kernel(
             gradient = tl.load(slope_ptr + at, mask=reads[:, None] & (codes[None, :] < K), other=0.0)
         else:
             log_p = _prediction(logits_ptr, evidence_ptr, rows, reads, codes, K, largest, top)
-            gradient = tl.exp(log_p) * tl.dot(slopes, tl.trans(matrix_rows(prior_ptr, codes, j, K)))
+            transposed = tl.trans(matrix_rows(prior_ptr, codes, j, K))
+            gradient = tl.exp(log_p) * tl.dot(slopes, transposed, out_dtype=tl.float64)
         if AUXILIARY:
             own = tl.exp(scores_of(logits_ptr, None, rows, reads, codes, K, 1.0) - largest[:, None]) / total[:, None]
             here = (codes[None, :] == x0[:, None]).to(tl.float64)
@@ -163,7 +165,7 @@ def matrix_loss(
     B, L, K = logits.shape
     tiles = triton.cdiv(L, ROWS)
     (prior_rows, stride_prior), (likelihood_rows, stride_likelihood) = strided(prior), strided(likelihood)
-    logits, x0, s, scale = logits.contiguous(), x0.contiguous(), s.contiguous(), scale.contiguous()
+    logits, x0, s, scale = widened(logits), x0.contiguous(), s.contiguous(), scale.contiguous()
     x_t = x_t.contiguous()
     given = evidence(x_t, prior, likelihood) if marginal else None
     model = logits.new_empty(logits.shape, dtype=torch.float64)

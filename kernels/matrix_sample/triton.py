@@ -180,7 +180,7 @@ def _matrix_sample_kernel(
                 logits_ptr, other_ptr, evidence_ptr, rows, reads, codes, K, guide, largest, by, least, last, top,
                 TOP_K or TOP_P,
             )  # fmt: skip
-            product = tl.dot(tl.exp(log_p), matrix_rows(prior_ptr, codes, k, K), product)
+            product = tl.dot(tl.exp(log_p), matrix_rows(prior_ptr, codes, k, K), product, out_dtype=tl.float64)
         log_model = log_of(product)
     log_f = log_of(matrix_rows(likelihood_ptr, code_of(x_t_ptr, rows, reads, K), k, K))
     log_weight = log_f + log_model
@@ -207,6 +207,11 @@ def strided(matrices: Tensor) -> tuple[Tensor, int]:
     if matrices.stride(0) == 0:
         return matrices[:1].contiguous(), 0
     return matrices.contiguous(), matrices.shape[1] * matrices.shape[2]
+
+
+def widened(logits: Tensor) -> Tensor:
+    """Contiguous, half precisions as float32: Triton 3.7 fails on float64 products of what was read in 16 bits."""
+    return logits.contiguous() if logits.dtype == torch.float64 else logits.to(torch.float32).contiguous()
 
 
 def evidence(x_t: Tensor, prior: Tensor, likelihood: Tensor) -> Tensor:
@@ -244,8 +249,8 @@ def matrix_sample(
     tiles = triton.cdiv(L, ROWS)
     (prior_rows, stride_prior), (likelihood_rows, stride_likelihood) = strided(prior), strided(likelihood)
     _matrix_sample_kernel[(B * tiles,)](
-        logits.contiguous(),
-        None if unconditional is None else unconditional.contiguous(),
+        widened(logits),
+        None if unconditional is None else widened(unconditional),
         x_t,
         s.contiguous(),
         prior_rows,

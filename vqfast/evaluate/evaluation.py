@@ -85,8 +85,8 @@ def evaluate_reconstruction(
     """
     _check_neighbours(judges, len(images), len(images))
     averages, counts, originals, results, seconds = [], [], [], [], 0.0
-    for _, positions, batch in _batches(images, judges, "reconstructing", progress):
-        image = batch["image"].to(_device(autoencoder))
+    for _, positions, batch in _batches(images, judges, _device(autoencoder), "reconstructing", progress):
+        image = batch["image"]
         started = time.perf_counter()
         codes = autoencoder.encode(image, **targets)
         pixels = to_uint8(autoencoder.decode_codes(codes))
@@ -159,8 +159,8 @@ def evaluate_samples(
             results.append(_look(judges, to_float(pixels).to(device), positions, n))
     originals = []
     if judges.extractor is not None:
-        for _, positions, batch in _batches(images, judges, "looking at images", progress):
-            originals.append(_look(judges, batch["image"].to(device), positions, len(images)))
+        for _, positions, batch in _batches(images, judges, device, "looking at images", progress):
+            originals.append(_look(judges, batch["image"], positions, len(images)))
     counts, speed = total(counts), _images_per_s(n, seconds)
     seen = (total(originals), total(results)) if judges.extractor is not None else None
     if rank_and_count()[0] != 0:
@@ -193,11 +193,11 @@ def evaluate_likelihood(
         Figures by name, in the first process; None in others.
     """
     device, taken, averages = _device(autoencoder), inspect.signature(model.bits_per_dim).parameters, []
-    for number, _, batch in _batches(images, judges, "measuring bits", progress):
-        codes = autoencoder.encode(batch["image"].to(device))
+    for number, _, batch in _batches(images, judges, device, "measuring bits", progress):
+        codes = autoencoder.encode(batch["image"])
         options = {"steps": steps, "generator": _generator(seed, number, device)}
         options = {name: value for name, value in options.items() if name in taken}
-        labels = batch["label"].to(device) if conditional else None
+        labels = batch["label"] if conditional else None
         averages.append(Averages.of({"bits_per_dim": model.bits_per_dim(codes, labels, **options)}))
     bits = total(averages)
     return None if bits is None else bits.means() | {"bits_images": bits.count}
@@ -232,11 +232,11 @@ def _compared(name: str, real: Seen, made: Seen, judges: Judges) -> dict[str, fl
 
 
 def _batches(
-    images: ImageBatches, judges: Judges, what: str, progress: bool
+    images: ImageBatches, judges: Judges, device: torch.device, what: str, progress: bool
 ) -> Iterator[tuple[int, np.ndarray, dict[str, Tensor]]]:
-    """This process's batches of images: number, positions, tensors."""
+    """This process's batches of images: number, positions, tensors on the device."""
     own = list(own_batches(len(images), judges.batch_size))
-    read = read_ahead(images, [positions for _, positions in own], judges.workers)
+    read = read_ahead(images, [positions for _, positions in own], judges.workers, device)
     for (number, positions), batch in zip(_bar(own, what, progress), read, strict=True):
         yield number, positions, batch
 

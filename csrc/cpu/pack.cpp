@@ -1,6 +1,7 @@
 // Codes of images with several grains: into one sequence an image, back onto the fine grid, and the gradient of that.
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "buffer.h"
 #include "convert.h"
@@ -23,28 +24,28 @@ bool with_bytes(int64_t bytes, Body body) {
   return false;
 }
 
-// The columns of a grain's codes in a row of cells, on that grain's grid; returns how many there are. A list in place of
-// a branch for each: which cells have a grain is as good as random. cells: scratch, cells_x.
-int64_t list_columns(const int64_t *__restrict map, int64_t cells_x, int grain, int64_t *__restrict cells,
-                     int64_t *__restrict columns) {
+// The cells of a row of cells that have a grain; returns how many there are. A list in place of a branch for each: which
+// cells have a grain is as good as random. Not inlined: among all that its callers keep, its pointers leave the registers.
+[[gnu::noinline]] int64_t list_cells(const int64_t *__restrict map, int64_t cells_x, int grain,
+                                     int64_t *__restrict cells) {
   int64_t n = 0;
   for (int64_t cx = 0; cx < cells_x; ++cx) {
     cells[n] = cx;
     n += map[cx] == grain;
   }
-  n <<= grain;
-  const int64_t inside = ((int64_t)1 << grain) - 1;
-  for (int64_t i = 0; i < n; ++i) columns[i] = (cells[i >> grain] << grain) + (i & inside);
   return n;
 }
 
-// to[i] = row[columns[i] * step], and where that is on a row of codes that starts at position `start`.
-template <class T>
-void take(const T *__restrict row, int64_t step, const int64_t *__restrict columns, int64_t n, T *__restrict to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = row[columns[i] * step];
-}
-void number(int64_t start, const int64_t *__restrict columns, int64_t n, int64_t *__restrict to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = start + columns[i];
+// Calls body with the edge of a cell in codes of a grain, a constant where it is small: a cell's row of codes then moves
+// as one vector.
+template <class Body>
+void with_edge(int grain, Body body) {
+  if (grain == 0)
+    body(std::integral_constant<int64_t, 1>());
+  else if (grain == 1)
+    body(std::integral_constant<int64_t, 2>());
+  else
+    body((int64_t)1 << grain);
 }
 
 template <class T>
@@ -55,34 +56,46 @@ struct Sequence {
   T *packed;
   int64_t *positions, *grain_ids;
 
-  // The codes columns[0..n-1] of row y of a grain's grid, from token `token` on; returns the next.
-  int64_t write_row(int64_t first, int grain, int64_t y, const int64_t *columns, int64_t n, int64_t token) const {
+  // Row y of a grain's grid, of that only the codes in cells[0..n-1], from token `token` on; returns the next.
+  template <class Edge>
+  int64_t write_row(int64_t first, int grain, Edge edge, int64_t y, const int64_t *__restrict cells, int64_t n,
+                    int64_t token) const {
     const int shift = grid.shift(grain);
     // A row of the fine grid lies in one batch of the view.
-    const T *row = values.row(first + (y << shift) * grid.width());
-    const int64_t step = values.stride_row << shift, D = values.D, kept = std::min(n, capacity - token);
-    number(y * (grid.cells_x << grain), columns, kept, positions + token);
-    if (D == 1)
-      take(row, step, columns, kept, packed + token);
+    const T *__restrict row = values.row(first + (y << shift) * grid.width());
+    const int64_t step = values.stride_row << shift, D = values.D, start = y * (grid.cells_x << grain);
+    const int64_t kept = std::min<int64_t>(n * edge, capacity - token), whole = kept / edge;
+    const auto each = [&](auto body) {
+      for (int64_t i = 0; i < whole; ++i)
+        for (int64_t j = 0; j < edge; ++j) body(i * edge + j, cells[i] * edge + j);
+      for (int64_t i = whole * edge; i < kept; ++i) body(i, cells[whole] * edge + i - whole * edge);
+    };
+    int64_t *__restrict numbers = positions + token;
+    T *__restrict to = packed + token * D;
+    each([=](int64_t i, int64_t column) { numbers[i] = start + column; });
+    if (D != 1)
+      each([&](int64_t i, int64_t column) { values.copy(row + column * step, to + i * D); });
+    else if (step == 1)
+      each([=](int64_t i, int64_t column) { to[i] = row[column]; });
     else
-      for (int64_t i = 0; i < kept; ++i) values.copy(row + columns[i] * step, packed + (token + i) * D);
+      each([=](int64_t i, int64_t column) { to[i] = row[column * step]; });
     return token + kept;
   }
 
-  // The tokens of an image, from token `token` on. cells, columns: scratch, for a row of either.
-  void write(int64_t image, const int64_t *map, bool region, int64_t token, int64_t *cells, int64_t *columns) const {
+  // The tokens of an image, from token `token` on. cells: scratch, for a row of them.
+  void write(int64_t image, const int64_t *map, bool region, int64_t token, int64_t *cells) const {
     const int64_t first = image * grid.positions();
-    for (int g = 0; g < grid.grains; ++g) {
-      const int64_t begin = token;
-      for (int64_t cy = 0; cy < grid.cells_y; ++cy) {
-        const int64_t n = list_columns(map + cy * grid.cells_x, grid.cells_x, g, cells, columns);
-        const int64_t together = region ? (int64_t)1 << g : n;
-        for (int64_t k = 0; k < n; k += together)
-          for (int64_t y = cy << g; y < (cy + 1) << g; ++y)
-            token = write_row(first, g, y, columns + k, together, token);
-      }
-      std::fill(grain_ids + begin, grain_ids + token, g);
-    }
+    for (int g = 0; g < grid.grains; ++g)
+      with_edge(g, [&](auto edge) {
+        const int64_t begin = token;
+        for (int64_t cy = 0; cy < grid.cells_y; ++cy) {
+          const int64_t n = list_cells(map + cy * grid.cells_x, grid.cells_x, g, cells), together = region ? 1 : n;
+          for (int64_t k = 0; k < n; k += together)
+            for (int64_t y = cy * edge; y < (cy + 1) * edge; ++y)
+              token = write_row(first, g, edge, y, cells + k, together, token);
+        }
+        std::fill(grain_ids + begin, grain_ids + token, g);
+      });
   }
 };
 
@@ -222,11 +235,14 @@ extern "C" int vqfast_cpu_pack(int64_t element_bytes, vqfast_rows values, int64_
   const GrainGrid grid = {B, Hc, Wc, (int)num_grains};
   cu_seqlens[0] = 0;
   for (int64_t b = 0, total = 0; b < B; ++b) {
-    for (int64_t i = 0; i < grid.cells(); ++i) {
-      const int64_t g = grains[b * grid.cells() + i];
-      if (g < 0 || g >= grid.grains) return VQFAST_OUT_OF_RANGE;
-      total += (int64_t)1 << 2 * g;
+    const int64_t *map = grains + b * grid.cells();
+    int64_t known = 0;
+    for (int g = 0; g < grid.grains; ++g) {
+      const int64_t n = std::count(map, map + grid.cells(), g);
+      known += n;
+      total += n << 2 * g;
     }
+    if (known != grid.cells()) return VQFAST_OUT_OF_RANGE;
     cu_seqlens[b + 1] = (int32_t)std::min(total, capacity);
   }
   bool enough = true;
@@ -235,12 +251,11 @@ extern "C" int vqfast_cpu_pack(int64_t element_bytes, vqfast_rows values, int64_
     const Sequence<T> sequence = {grid, Vectors<T>(values, D), capacity, (T *)packed, positions, grain_ids};
 #pragma omp parallel reduction(&& : enough) if (B * grid.positions() * D > kParallelElements)
     {
-      Buffer<int64_t> cells = buffer<int64_t>(Wc), columns = buffer<int64_t>(grid.width());
-      enough = cells && columns;
+      Buffer<int64_t> cells = buffer<int64_t>(Wc);
+      enough = cells != nullptr;
 #pragma omp for schedule(dynamic)
       for (int64_t b = 0; b < B; ++b)
-        if (cells && columns)
-          sequence.write(b, grains + b * grid.cells(), region != 0, cu_seqlens[b], cells.get(), columns.get());
+        if (cells) sequence.write(b, grains + b * grid.cells(), region != 0, cu_seqlens[b], cells.get());
     }
     const int64_t used = cu_seqlens[B];
     std::memset((T *)packed + used * D, 0, (capacity - used) * D * sizeof(T));

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import vqfast
 from vqfast.models.dq_sampling import DrawnTokens, draw_tokens
 from vqfast.models.dq_transformer import DQTransformer, DQTransformerConfig
 from vqfast.models.grain_sequences import GrainSequences
@@ -61,9 +62,8 @@ def allowed_positions(part: GrainSequences, t: int, config: DQTransformerConfig)
 
 @pytest.mark.parametrize("num_grains", [1, 2, 3])
 @pytest.mark.parametrize("derive_finest", [False, True])
-def test_every_image_is_covered_once_by_construction(num_grains, derive_finest, monkeypatch):
-    # unpack then refuses a code that is missing, covered twice or out of its cell.
-    monkeypatch.setenv("VQFAST_CHECK", "1")
+@vqfast.checked()  # unpack then refuses a code that is missing, covered twice or out of its cell
+def test_every_image_is_covered_once_by_construction(num_grains, derive_finest):
     net = model(num_grains=num_grains, num_classes=2, class_dropout=0.1)
     codes, grains = net.sample(24, derive_finest=derive_finest, batch_size=10)
     assert codes.shape == (24, 4, 8) and grains.shape == (24, *net.config.cells)

@@ -10,6 +10,7 @@ import torch
 import vqfast
 from vqfast.kernels.specs import SPECS
 from vqfast.ops import registry
+from vqfast.ops.checks import checking
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 CASES = [
@@ -120,3 +121,25 @@ class TestChoosing:
             with vqfast.backend("cpu"):
                 assert registry.select("nearest", "cpu", ()) is registry.BACKENDS["cpu"].KERNELS["nearest"]
             assert registry.select("nearest", "cpu", ()) is registry.BACKENDS["reference"].KERNELS["nearest"]
+
+
+class TestCheckedMode:
+    def test_from_the_environment(self):
+        code = (
+            "import torch, vqfast\n"
+            "grains = torch.zeros(1, 2, 2, dtype=torch.int64)\n"
+            "codes = torch.zeros(1, 4, 4, dtype=torch.int64)\n"
+            "vqfast.ops.pack(codes, grains + 1, capacity=15)"
+        )
+        for asked, words in (("1", "expected at least 16 tokens, got 15"), ("0", "")):
+            run = subprocess.run(
+                [sys.executable, "-c", code], env=os.environ | {"VQFAST_CHECK": asked}, capture_output=True, text=True
+            )
+            assert (run.returncode != 0) == bool(words) and words in run.stderr, run.stderr
+
+    def test_block_ends_with_the_previous_choice(self):
+        with vqfast.checked():
+            with vqfast.checked(False):
+                assert not checking()
+            assert checking()
+        assert not checking()

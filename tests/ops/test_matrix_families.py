@@ -425,15 +425,13 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"rule: expected 'joint' for Nearest.*vqfast.ops.Dense take both rules"):
             posterior(torch.zeros(2, 3, K), self.codes, 2, 1, FAMILIES["nearest"], rule="marginal")
 
-    def test_nan_logits_are_named_where_values_are_checked(self, name, monkeypatch):
+    def test_nan_logits_are_named_where_values_are_checked(self, name):
         logits = torch.zeros(2, 3, K)
         logits[1, 2, 3] = torch.nan
-        monkeypatch.setenv("VQFAST_CHECK", "1")
         for call in (
             lambda: diffusion_loss(logits, self.codes, self.codes, 2, FAMILIES[name]),
             lambda: p_sample(logits, self.codes, 2, 1, FAMILIES[name]),
         ):
-            with pytest.raises(
-                ValueError, match=r"logits: expected no NaN, got NaN in 1 tokens, the first at \[1, 2\]"
-            ):
+            expected = r"logits: expected no NaN, got NaN in 1 tokens, the first at \[1, 2\]"
+            with vqfast.checked(), pytest.raises(ValueError, match=expected):
                 call()

@@ -160,27 +160,26 @@ class TestErrors:
         with pytest.raises(error, match=words):
             ops.pack(arguments.pop("values"), arguments.pop("grains"), **arguments)
 
-    @pytest.mark.parametrize("asked", ["0", "1"])
+    @pytest.mark.parametrize("asked", [False, True])
     @pytest.mark.parametrize("backend", ["cpu", "reference"])
-    def test_a_grain_out_of_range_names_image_and_cell(self, backend, asked, monkeypatch):
+    def test_a_grain_out_of_range_names_image_and_cell(self, backend, asked):
         """Whether the kernel looks at the map as it counts, or the check does before it runs."""
-        monkeypatch.setenv("VQFAST_CHECK", asked)
         for wrong in (2, -1):
             grains = self.grains.repeat(3, 1, 1)
             grains[2, 1, 3] = wrong
             expected = rf"0\.\.1 .*got {wrong} at image 2, cell \(1, 3\)"
-            with vqfast.backend(backend), pytest.raises(ValueError, match=expected):
+            with vqfast.checked(asked), vqfast.backend(backend), pytest.raises(ValueError, match=expected):
                 ops.pack(self.grid.repeat(3, 1, 1), grains)
 
-    def test_more_codes_than_capacity(self, monkeypatch):
-        monkeypatch.setenv("VQFAST_CHECK", "1")
+    @vqfast.checked()
+    def test_more_codes_than_capacity(self):
         ops.pack(self.grid, self.grains, capacity=40)
         with pytest.raises(ValueError, match=r"at least 40 tokens, got 39; image 0 does not fit, from cell \(3, 2\)"):
             ops.pack(self.grid, self.grains, capacity=39)
 
-    def test_a_code_that_is_missing_or_there_twice(self, monkeypatch):
+    @vqfast.checked()
+    def test_a_code_that_is_missing_or_there_twice(self):
         packed = ops.pack(self.grid, self.grains)
-        monkeypatch.setenv("VQFAST_CHECK", "1")
         ops.unpack(packed, self.grains)
         positions = packed.positions.clone()
         positions[20] = positions[12]
@@ -238,8 +237,8 @@ def test_golden_sequences(golden, backend, size, order):
 class TestPadded:
     @pytest.mark.parametrize("num_grains", [1, 2, 3])
     @pytest.mark.parametrize("sos", [False, True])
-    def test_there_and_back(self, num_grains, sos, monkeypatch):
-        monkeypatch.setenv("VQFAST_CHECK", "1")
+    @vqfast.checked()
+    def test_there_and_back(self, num_grains, sos):
         factor, grains = 2 ** (num_grains - 1), random_map(4, 3, 2, num_grains)
         grains[1], grains[2] = 0, num_grains - 1
         packed = ops.pack(torch.randint(50, (4, 3 * factor, 2 * factor)), grains)
@@ -253,14 +252,14 @@ class TestPadded:
         assert torch.equal(map_again, grains)
         assert all(torch.equal(a, b) for a, b in zip(again, packed, strict=True))
 
-    def test_a_special_token_in_the_middle(self, monkeypatch):
+    def test_a_special_token_in_the_middle(self):
         packed = ops.pack(torch.zeros(2, 4, 4, dtype=torch.int64), torch.ones(2, 2, 2, dtype=torch.int64))
         coarse, fine = ops.to_padded(packed, cells=(2, 2), codebook_size=9)
         fine.position[1, 5] = 16
         tokens, grains = ops.from_padded((coarse, fine), cells=(2, 2))
         assert tokens.cu_seqlens.tolist() == [0, 16, 31] and int(grains.min()) == 1
-        monkeypatch.setenv("VQFAST_CHECK", "1")
-        with pytest.raises(ValueError, match=r"grain 1, got 16 \(pad, eos, sos = 16, 17, 18\) in image 1, at entry 5"):
+        expected = r"grain 1, got 16 \(pad, eos, sos = 16, 17, 18\) in image 1, at entry 5"
+        with vqfast.checked(), pytest.raises(ValueError, match=expected):
             ops.from_padded((coarse, fine), cells=(2, 2))
 
     def test_an_empty_batch(self):
@@ -300,7 +299,7 @@ class TestPositionMask:
         assert self.allowed([(0, 0)], 2, **sizes) == [y * 8 + x for y in range(4) for x in range(4, 8)]
 
     @pytest.mark.parametrize("num_grains", [1, 2, 3])
-    def test_what_is_sampled_under_it_covers_every_image_once(self, num_grains, monkeypatch):
+    def test_what_is_sampled_under_it_covers_every_image_once(self, num_grains):
         """Uniform draws among what is allowed, a whole batch at a time, until every image has ended every grain."""
         B, cells, g = 6, (3, 2), torch.Generator().manual_seed(num_grains)
         positions, ids = torch.zeros(B, 0, dtype=torch.int64), torch.zeros(B, 0, dtype=torch.int64)
@@ -318,8 +317,8 @@ class TestPositionMask:
         size = 6 * 4 ** ids.clamp(min=0)
         segments = [torch.where(ids == n, positions, 6 * 4**n) for n in range(num_grains)]
         packed, grains = ops.from_padded([(s * 0, s) for s in segments], cells=cells)
-        monkeypatch.setenv("VQFAST_CHECK", "1")
-        ops.unpack(packed, grains, num_grains=num_grains)
+        with vqfast.checked():
+            ops.unpack(packed, grains, num_grains=num_grains)
         assert num_grains == 1 or len(grains.unique()) == num_grains
 
     def test_golden_masks_but_for_the_released_defects(self, golden):

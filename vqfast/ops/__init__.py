@@ -1,6 +1,7 @@
 """vqfast's operations on tensors."""
 
 from vqfast.ops.registry import backend  # isort: skip  (first: it registers the ops that the others bind)
+from vqfast.ops.checks import checked
 from vqfast.ops.diffusion import diffusion_loss, p_sample, posterior, prior_kl, q_sample, transition_matmul
 from vqfast.ops.dynamic import DynamicQuantized, code_weights, dynamic_quantize, grain_budget_loss
 from vqfast.ops.matrix_transitions import Dense, Gaussian, Nearest, SymmetricRate
@@ -28,6 +29,7 @@ __all__ = [
     "Transition",
     "Uniform",
     "backend",
+    "checked",
     "code_weights",
     "codebook_stats",
     "diffusion_loss",

@@ -1,12 +1,14 @@
 """Checks of arguments: shapes, dtypes and devices where a public function is called, values where a kernel runs.
 
 Values (an index in range, t within 0..T) are looked at inside the op, on CPU tensors only: there they cost no device
-sync, and a traced graph keeps no data-dependent branch. On CUDA, set VQFAST_CHECK=1 to pay for the sync and get the
-same errors; without it a kernel clamps what it reads by and never leaves its buffers. With it, logits that are NaN are
-an error too, on every device.
+sync, and a traced graph keeps no data-dependent branch. Checked mode (VQFAST_CHECK=1 when the process starts, or
+`with vqfast.checked()`) pays for the sync and gives the same errors on CUDA; without it a kernel clamps what it reads
+by and never leaves its buffers. With it, logits that are NaN are an error too, on every device.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,9 +19,28 @@ from vqfast.ops.coverage import capacity_holds, covers_once, grains_in_range
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+# As with VQFAST_BACKEND the environment is read once, and the choice holds for all threads (see registry.py).
+_checking: bool = os.environ.get("VQFAST_CHECK") == "1"
+
+
 def checking() -> bool:
     """Whether checks that cost a device sync were asked for."""
-    return os.environ.get("VQFAST_CHECK") == "1"
+    return _checking
+
+
+@contextmanager
+def checked(asked: bool = True) -> Iterator[None]:
+    """Look at the values of arguments inside the block even where that costs a device sync, or as much as the op.
+
+    Errors then name what is wrong and where: a grain out of range, a cell covered twice, an index without a code, NaN
+    logits. In all threads; VQFAST_CHECK=1 in the environment does the same for the whole process.
+    """
+    global _checking
+    previous, _checking = _checking, asked
+    try:
+        yield
+    finally:
+        _checking = previous
 
 
 def describe(value: Any) -> str:
@@ -43,7 +64,10 @@ def check_int64(name: str, value: Any, shape: tuple[int, ...], layout: str) -> N
 
 def check_device(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
     for name, other in others.items():
-        if other is not None and other.device != reference.device:
+        # Two tensors of the host, the usual case where a call is small, without making objects of their devices.
+        if other is None or (other.is_cpu and reference.is_cpu):
+            continue
+        if other.device != reference.device:
             raise ValueError(
                 f"{name}: expected the device of {reference_name}, {reference.device}, got {describe(other)}"
             )
@@ -218,7 +242,7 @@ _VALUE_CHECKS = {
     "position_mask": _position_mask,
 }
 
-# Checks that cost more than the op: with VQFAST_CHECK=1 only, on any device.
+# Checks that cost more than the op: in checked mode only, on any device.
 _COSTLY_CHECKS = {"pack": capacity_holds, "unpack": covers_once}
 
 
@@ -226,7 +250,7 @@ def check_values(op: str, args: tuple, *, in_kernel: bool = False) -> None:
     """Raise ValueError where a value (not a shape) of an op's arguments is out of range.
 
     Args:
-        in_kernel: the kernel will look at them itself; with VQFAST_CHECK=1 they are looked at here all the same.
+        in_kernel: the kernel will look at them itself; in checked mode they are looked at here all the same.
     """
     check, costly = _VALUE_CHECKS.get(op), _COSTLY_CHECKS.get(op)
     asked = (costly is not None or in_kernel or not args[0].is_cpu) and checking()

@@ -2,6 +2,7 @@
 
 A grain map (B, Hc, Wc) gives each cell of the coarse grid its grain, 0 the coarsest of G; a cell of grain g holds
 2^g x 2^g codes. The fine grid is Hf = 2^(G-1) Hc by Wf = 2^(G-1) Wc. kernels/pack/README.md draws the order of tokens.
+Checked mode is `with vqfast.checked()`, or VQFAST_CHECK=1 in the environment.
 """
 
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ _grain_entropy = torch.ops.vqfast.grain_entropy.default
 ORDERS = ("row", "region")
 MOST_GRAINS = 8
 MOST_BINS = 1024
+_VALUES = frozenset((*FLOATS, torch.int64))
 
 
 class Packed(NamedTuple):
@@ -56,7 +58,7 @@ def check_grains(grains: Any) -> None:
 
 
 def _check_values(values: Any, ndims: tuple[int, int], layout: str) -> None:
-    if not isinstance(values, Tensor) or values.dtype not in (*FLOATS, torch.int64):
+    if not isinstance(values, Tensor) or values.dtype not in _VALUES:
         raise TypeError(
             f"values: expected an int64, float64, float32, bfloat16 or float16 tensor, got {describe(values)}"
         )
@@ -70,12 +72,12 @@ def grains_of_grid(shape: torch.Size, grains: Tensor, name: str = "values") -> i
     Raises:
         ValueError: Hf / Hc and Wf / Wc are not the same power of two, or the batches differ.
     """
+    images, Hc, Wc = grains.shape
     B, Hf, Wf = shape[:3]
-    _, Hc, Wc = grains.shape
     factor = Hf // Hc
-    if grains.shape[0] != B or factor < 1 or factor & (factor - 1) or Hf != Hc * factor or Wf != Wc * factor:
+    if images != B or factor < 1 or factor & (factor - 1) or Hf != Hc * factor or Wf != Wc * factor:
         raise ValueError(
-            f"{name}: expected a grid of {grains.shape[0]} images, 2^(G-1) times the {Hc} x {Wc} cells of grains on "
+            f"{name}: expected a grid of {images} images, 2^(G-1) times the {Hc} x {Wc} cells of grains on "
             f"each side, got {B} images of {Hf} x {Wf}"
         )
     check_num_grains(factor.bit_length())
@@ -122,7 +124,7 @@ def pack(values: Tensor, grains: Tensor, *, order: str = "row", capacity: int | 
         order: of the codes of one grain. "row": raster order over the image on that grain's grid. "region": cell by
             cell in raster order, raster order in a cell.
         capacity: T, the length of the result; default B * Hf * Wf, the most there can be. Tokens beyond a smaller one
-            are dropped, and cu_seqlens ends at T; with VQFAST_CHECK=1 that is an error.
+            are dropped, and cu_seqlens ends at T; in checked mode that is an error.
 
     Returns:
         Packed. `values` is differentiable: its gradient goes to the top left of what each code covers, zero elsewhere.
@@ -130,7 +132,7 @@ def pack(values: Tensor, grains: Tensor, *, order: str = "row", capacity: int | 
     Raises:
         TypeError: dtypes other than these.
         ValueError: shapes or devices that do not fit, an unknown order, a negative capacity, a grain out of range (on
-            CUDA with VQFAST_CHECK=1 only; it is clamped without), naming image and cell.
+            CUDA in checked mode only; it is clamped without), naming image and cell.
     """
     _check_values(values, (3, 4), "(B, Hf, Wf) or (B, Hf, Wf, D)")
     check_grains(grains)
@@ -138,7 +140,8 @@ def pack(values: Tensor, grains: Tensor, *, order: str = "row", capacity: int | 
     check_order(order)
     check_device("values", values, grains=grains)
     if capacity is None:
-        capacity = values.shape[0] * values.shape[1] * values.shape[2]
+        B, Hf, Wf = values.shape[:3]
+        capacity = B * Hf * Wf
     elif capacity < 0:
         raise ValueError(f"capacity: expected at least 0, got {capacity}")
     if values.requires_grad and torch.is_grad_enabled():
@@ -151,7 +154,7 @@ def unpack(packed: Packed, grains: Tensor, *, num_grains: int = 2) -> Tensor:
 
     Tokens are put where their positions say, so those of an image may come in any order, as a model has drawn them. A
     token whose cell has another grain in `grains` is left out; of two at one place the later counts; where there is
-    none the grid is zero. With VQFAST_CHECK=1 each of these is an error.
+    none the grid is zero. In checked mode each of these is an error.
 
     Args:
         packed: T tokens; values (T,) or (T, D), int64 or any float dtype.
@@ -163,7 +166,7 @@ def unpack(packed: Packed, grains: Tensor, *, num_grains: int = 2) -> Tensor:
 
     Raises:
         TypeError: dtypes other than these.
-        ValueError: shapes or devices that do not fit; more tokens than the fine grid has positions. With VQFAST_CHECK=1
+        ValueError: shapes or devices that do not fit; more tokens than the fine grid has positions. In checked mode
             a code covered twice or not at all, a position or grain out of range, naming image and cell.
     """
     values, cu_seqlens, positions, grain_ids = packed
@@ -218,7 +221,7 @@ def position_mask(
 
     Raises:
         TypeError: tensors that are not int64.
-        ValueError: shapes, sizes or devices that do not fit; a grain out of range (on CUDA with VQFAST_CHECK=1 only).
+        ValueError: shapes, sizes or devices that do not fit; a grain out of range (on CUDA in checked mode only).
     """
     if not isinstance(positions, Tensor) or positions.dtype != torch.int64:
         raise TypeError(f"positions: expected an int64 tensor (B, L), got {describe(positions)}")

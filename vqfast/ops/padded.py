@@ -114,7 +114,7 @@ def _check_special(g: int, position: Tensor, size: int) -> None:
 def from_padded(segments: Sequence[Any], *, cells: tuple[int, int]) -> tuple[Packed, Tensor]:
     """Padded sequences as packed codes, and the grain map that they make. Special tokens are dropped wherever they are.
 
-    A cell has the grain of its tokens (the finest if they have several), or 0 if it has none. With VQFAST_CHECK=1 a
+    A cell has the grain of its tokens (the finest if they have several), or 0 if it has none. In checked mode a
     special token between others is an error; `unpack` then checks that the codes cover each image once.
 
     Args:

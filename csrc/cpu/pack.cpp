@@ -24,8 +24,8 @@ bool with_bytes(int64_t bytes, Body body) {
   return false;
 }
 
-// The cells of a row of cells that have a grain; returns how many there are. A list in place of a branch for each: which
-// cells have a grain is as good as random. Not inlined: among all that its callers keep, its pointers leave the registers.
+// The cells of a row of cells that have a grain; returns how many there are. A list in place of a branch for each:
+// which cells have a grain is as good as random. Not inlined: its pointers would leave the registers.
 [[gnu::noinline]] int64_t list_cells(const int64_t *__restrict map, int64_t cells_x, int grain,
                                      int64_t *__restrict cells) {
   int64_t n = 0;

@@ -21,18 +21,18 @@ constexpr int kBlock = kSide * kFeatures;
 namespace {
 struct Bfloat16 {
   typedef uint16_t Value;
-  static inline __attribute__((always_inline)) vf8 round(vf8 v) { return round_to_bfloat16(v); }
+  static inline __attribute__((always_inline)) vfw round(vfw v) { return round_to_bfloat16(v); }
 };
 
 // Places past the last feature are written too: their values are zero.
 struct RowLayout : Bfloat16 {
-  static inline __attribute__((always_inline)) void put(uint16_t *packed, int64_t i, int64_t d0, int, vf8 values) {
+  static inline __attribute__((always_inline)) void put(uint16_t *packed, int64_t i, int64_t d0, int, vfw values) {
     *(vh8_unaligned *)(packed + d0 / kFeatures * kBlock + i * kFeatures + d0 % kFeatures) = bfloat16_bits(values);
   }
 };
 
 struct CodeLayout : Bfloat16 {
-  static inline __attribute__((always_inline)) void put(uint16_t *packed, int64_t i, int64_t d0, int, vf8 values) {
+  static inline __attribute__((always_inline)) void put(uint16_t *packed, int64_t i, int64_t d0, int, vfw values) {
     typedef uint32_t pairs __attribute__((vector_size(16)));
     const pairs bits = (pairs)bfloat16_bits(values);
     uint32_t *to = (uint32_t *)(packed + d0 / kFeatures * kBlock + i / 16 * (kBlock / 2));
@@ -124,7 +124,7 @@ static void score(const void *tile, const void *panels, const float *bias, int64
 
 extern const ScoreEngine engine;
 const ScoreEngine engine = {
-    "bfloat16 tiles", kLanes, kSide, kSide, 2, kFeatures, 32, pack<RowLayout>, pack<CodeLayout>, score, begin, end,
+    "tiles", kLanes, kSide, kSide, 2, kFeatures, 32, pack<RowLayout>, pack<CodeLayout>, score, begin, end,
 };
 
 }  // namespace vqfast::VQFAST_ISA::amx_tiles

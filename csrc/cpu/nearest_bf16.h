@@ -17,8 +17,8 @@ namespace {
 template <int width>
 struct Layout {
   typedef uint16_t Value;
-  static inline __attribute__((always_inline)) vf8 round(vf8 v) { return round_to_bfloat16(v); }
-  static inline __attribute__((always_inline)) void put(uint16_t *packed, int64_t i, int64_t d0, int m, vf8 values) {
+  static inline __attribute__((always_inline)) vfw round(vfw v) { return round_to_bfloat16(v); }
+  static inline __attribute__((always_inline)) void put(uint16_t *packed, int64_t i, int64_t d0, int m, vfw values) {
     const vh8 bits = bfloat16_bits(values);
     for (int j = 0; j < m; ++j) packed[((d0 + j) / 2 * width + i) * 2 + (d0 + j) % 2] = bits[j];
   }

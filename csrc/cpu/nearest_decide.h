@@ -59,7 +59,7 @@ static void widen_row(vqfast_dtype dtype, const void *row, int64_t stride_featur
     const double factor = scale != 0 ? scale : scale_to_one(largest_magnitude(x, stride_feature, D));
     int64_t d = 0;
     if (stride_feature == 1)
-      for (; d + 8 <= D; d += 8) *(vd8_unaligned *)(wide + d) = eight(x + d) * factor;
+      for (; d + kWide <= D; d += kWide) *(vdw_unaligned *)(wide + d) = widened(x + d) * factor;
     for (; d < D; ++d) wide[d] = (double)widen(x[d * stride_feature]) * factor;
   });
 }

@@ -14,8 +14,8 @@ namespace {
 template <int width>
 struct Layout {
   typedef float Value;
-  static inline __attribute__((always_inline)) vf8 round(vf8 v) { return v; }
-  static inline __attribute__((always_inline)) void put(float *packed, int64_t i, int64_t d0, int m, vf8 values) {
+  static inline __attribute__((always_inline)) vfw round(vfw v) { return v; }
+  static inline __attribute__((always_inline)) void put(float *packed, int64_t i, int64_t d0, int m, vfw values) {
     for (int j = 0; j < m; ++j) packed[(d0 + j) * width + i] = values[j];
   }
 };

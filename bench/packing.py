@@ -163,8 +163,7 @@ def _dense(problem: _QuantizeProblem, train: bool) -> Run:
 def _packed(problem: _QuantizeProblem, train: bool) -> Run:
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         out = ops.dynamic_quantize(x, problem.grains, problem.codebook, normalise="cells")
-        counted = torch.where(out.packed.grain_ids >= 0, out.packed.values, -1)
-        ops.codebook_stats(out.vectors, counted, len(problem.codebook))
+        ops.codebook_stats(x, out.chosen, len(problem.codebook))
         return out.quantized, out.loss
 
     return _quantizer_run(problem, forward, train)

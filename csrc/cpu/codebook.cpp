@@ -7,6 +7,7 @@
 #include "buffer.h"
 #include "convert.h"
 #include "dispatch.h"
+#include "gather.h"
 #include "vqfast.h"
 
 namespace vqfast {
@@ -34,36 +35,22 @@ const char *row_at(const vqfast_rows &x, int64_t size, int64_t n) {
 class Tile {
  public:
   Tile(const vqfast_rows &x, int64_t D, int64_t size) : x_(x), D_(D), size_(size), in_place_(x.stride_feature == 1) {
-    if (!in_place_) gathered_ = buffer<char>(kTileRows * D * size);
+    if (!in_place_) gathered_ = buffer<char>(kTileRows * gathered_pitch(D, size) * size);
   }
   bool ready() const { return in_place_ || gathered_; }
 
   void read(int64_t first, int64_t n) {
     for (int64_t i = 0; i < n; ++i) rows_[i] = row_at(x_, size_, first + i);
-    if (in_place_) return;
-    if (size_ == 8)
-      gather<uint64_t>(n);
-    else if (size_ == 4)
-      gather<uint32_t>(n);
-    else
-      gather<uint16_t>(n);
+    if (!in_place_) gather(size_, rows_, n, D_, x_.stride_feature, gathered_.get());
   }
-  const char *operator[](int64_t i) const { return rows_[i]; }
+  const void *operator[](int64_t i) const { return rows_[i]; }
 
  private:
-  template <class Bits>
-  void gather(int64_t n) {
-    Bits *to = (Bits *)gathered_.get();
-    for (int64_t d = 0; d < D_; ++d)
-      for (int64_t i = 0; i < n; ++i) to[i * D_ + d] = ((const Bits *)rows_[i])[d * x_.stride_feature];
-    for (int64_t i = 0; i < n; ++i) rows_[i] = (const char *)(to + i * D_);
-  }
-
   const vqfast_rows &x_;
   int64_t D_, size_;
   bool in_place_;
   Buffer<char> gathered_;
-  const char *rows_[kTileRows];
+  const void *rows_[kTileRows];
 };
 
 // Where the vectors of each code are: order[begin[k]..begin[k + 1]) in their order (a stable counting sort).

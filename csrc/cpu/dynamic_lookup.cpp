@@ -4,6 +4,7 @@
 
 #include "buffer.h"
 #include "dispatch.h"
+#include "gather.h"
 #include "grain_grid.h"
 #include "grain_vectors.h"
 
@@ -24,30 +25,26 @@ void with_codes(const GrainGrid &grid, const int64_t *map, int64_t first, Body b
   }
 }
 
-// The same for every row of cells, the rows in parallel; `scratch` has room for two vectors.
+// Calls body(map, first, scratch) for each row of cells, in parallel: its grains and its first position. `elements`: of
+// the scratch.
 template <class T, class Body>
-int with_all_codes(const GrainGrid &grid, const int64_t *grains, int64_t D, Body body) {
-  const int64_t rows = grid.images * grid.cells_y;
+int with_rows(const GrainGrid &grid, const int64_t *grains, int64_t D, int64_t elements, Body body) {
   bool enough = true;
 #pragma omp parallel reduction(&& : enough) if (grid.images * grid.positions() * D > kParallelElements)
   {
-    Buffer<T> scratch = buffer<T>(2 * D);
+    const Buffer<T> scratch = buffer<T>(elements);
     enough = scratch != nullptr;
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; ++row)
-      if (scratch)
-        with_codes(grid, grains + row * grid.cells_x, row * grid.factor() * grid.width(),
-                   [&](int64_t first, int64_t edge) { body(first, edge, scratch.get()); });
+    for (int64_t row = 0; row < grid.images * grid.cells_y; ++row)
+      if (scratch) body(grains + row * grid.cells_x, row * grid.factor() * grid.width(), scratch.get());
   }
   return enough ? VQFAST_OK : VQFAST_OUT_OF_MEMORY;
 }
 
-// A vector where it lies, or gathered.
+// Of scratch that the vectors of a row of cells need to lie side by side.
 template <class T>
-const T *side_by_side(const Vectors<T> &vectors, int64_t n, T *scratch) {
-  if (vectors.stride_feature == 1) return vectors.row(n);
-  vectors.copy(n, scratch);
-  return scratch;
+int64_t apart(const Vectors<T> &vectors, const GrainGrid &grid) {
+  return vectors.stride_feature == 1 ? 0 : grid.factor() * grid.width() * gathered_pitch(vectors.D, sizeof(T));
 }
 
 }  // namespace
@@ -71,15 +68,18 @@ extern "C" int vqfast_cpu_dynamic_lookup(vqfast_dtype dtype, vqfast_rows feature
       else
         ((float *)error)[n] = (float)value;
     };
-    code = with_all_codes<T>(grid, grains, D, [&](int64_t first, int64_t edge, T *scratch) {
-      const T *chosen = (const T *)codebook + indices[first] * D;
-      for (int64_t y = 0; y < edge; ++y)
-        for (int64_t x = 0; x < edge; ++x) {
-          const int64_t n = first + y * grid.width() + x;
-          std::memcpy((T *)quantized + n * D, chosen, D * sizeof(T));
-          set_error(n, 0);
-        }
-      set_error(first, isa.squared_error(dtype, side_by_side(vectors, first, scratch), chosen, D));
+    code = with_rows<T>(grid, grains, D, apart(vectors, grid), [&](const int64_t *map, int64_t begin, T *scratch) {
+      const Vectors<T> here = vectors.side_by_side(begin, grid.factor() * grid.width(), scratch);
+      with_codes(grid, map, begin, [&](int64_t first, int64_t edge) {
+        const T *chosen = (const T *)codebook + indices[first] * D;
+        for (int64_t y = 0; y < edge; ++y)
+          for (int64_t x = 0; x < edge; ++x) {
+            const int64_t n = first + y * grid.width() + x;
+            std::memcpy((T *)quantized + n * D, chosen, D * sizeof(T));
+            set_error(n, 0);
+          }
+        set_error(first, isa.squared_error(dtype, here.row(first), chosen, D));
+      });
     });
   });
   if (!known) return VQFAST_BAD_DTYPE;
@@ -101,18 +101,19 @@ extern "C" int vqfast_cpu_dynamic_lookup_backward(vqfast_dtype dtype, vqfast_row
   const bool known = with_element(dtype, [&](auto *type) {
     typedef std::remove_const_t<std::remove_pointer_t<decltype(type)>> T;
     const Vectors<T> vectors(features, D), grad(grad_quantized, D);
-    code = with_all_codes<T>(grid, grains, D, [&](int64_t first, int64_t edge, T *scratch) {
-      const T *through = scratch;
-      if (edge == 1)
-        through = side_by_side(grad, first, scratch);
-      else
-        sum_square(grad, first, grid.width(), edge, scratch);
-      T *out = (T *)grad_features;
-      for (int64_t y = 0; y < edge; ++y)
-        for (int64_t x = !y; x < edge; ++x) std::memset((void *)(out + (first + y * grid.width() + x) * D), 0, D * sizeof(T));
-      isa.lookup_grad(dtype, through, 2 * scalar_at(dtype, grad_error, first),
-                      side_by_side(vectors, first, scratch + D), (const T *)codebook + indices[first] * D, D,
-                      out + first * D);
+    const int64_t positions = grid.factor() * grid.width(), elements = D + apart(vectors, grid) + apart(grad, grid);
+    code = with_rows<T>(grid, grains, D, elements, [&](const int64_t *map, int64_t begin, T *scratch) {
+      const Vectors<T> here = vectors.side_by_side(begin, positions, scratch + D);
+      const Vectors<T> back = grad.side_by_side(begin, positions, scratch + D + apart(vectors, grid));
+      with_codes(grid, map, begin, [&](int64_t first, int64_t edge) {
+        if (edge > 1) sum_square(back, first, grid.width(), edge, scratch);
+        T *out = (T *)grad_features;
+        for (int64_t y = 0; y < edge; ++y)
+          for (int64_t x = !y; x < edge; ++x)
+            std::memset((void *)(out + (first + y * grid.width() + x) * D), 0, D * sizeof(T));
+        isa.lookup_grad(dtype, edge > 1 ? scratch : back.row(first), 2 * scalar_at(dtype, grad_error, first),
+                        here.row(first), (const T *)codebook + indices[first] * D, D, out + first * D);
+      });
     });
   });
   return known ? code : (int)VQFAST_BAD_DTYPE;

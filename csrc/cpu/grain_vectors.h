@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "convert.h"
+#include "gather.h"
 #include "vqfast.h"
 
 namespace vqfast {
@@ -26,6 +27,24 @@ struct Vectors {
   const T *row(int64_t n) const {
     const int64_t b = n < rows ? 0 : n / rows;
     return data + b * stride_batch + (n - b * rows) * stride_row;
+  }
+  // Vectors first..first+n-1 with their features side by side: these, or gathered. scratch: n * gathered_pitch elements,
+  // not read where features are side by side already.
+  Vectors side_by_side(int64_t first, int64_t n, T *scratch) const {
+    if (stride_feature == 1) return *this;
+    constexpr int64_t kTogether = 32;
+    Vectors gathered = *this;
+    gathered.rows = INT64_MAX;
+    gathered.stride_row = gathered_pitch(D, sizeof(T));
+    gathered.stride_feature = 1;
+    gathered.data = scratch - first * gathered.stride_row;
+    for (int64_t begin = 0; begin < n; begin += kTogether) {
+      const void *at[kTogether];
+      const int64_t count = std::min(kTogether, n - begin);
+      for (int64_t i = 0; i < count; ++i) at[i] = row(first + begin + i);
+      gather(sizeof(T), at, count, D, stride_feature, scratch + begin * gathered.stride_row);
+    }
+    return gathered;
   }
   void copy(int64_t n, T *to) const { copy(row(n), to); }
   void copy(const T *from, T *to) const {

@@ -44,9 +44,9 @@ struct CodeLayout : Bfloat16 {
 static int64_t blocks(int64_t D) { return (D + kFeatures - 1) / kFeatures; }
 
 template <class Layout>
-static void pack(vqfast_dtype dtype, const void *rows, int64_t stride_row, int64_t stride_feature, int64_t n,
-                 int64_t D, const double *mean, double scale, void *packed, PackedNorm *norms) {
-  pack_vectors<Layout>(dtype, rows, stride_row, stride_feature, n, D, mean, scale, packed, blocks(D) * kBlock * 2,
+static void pack(vqfast_dtype dtype, const void *const *vectors, int64_t n, int64_t D, const double *mean,
+                 double scale, void *packed, PackedNorm *norms) {
+  pack_vectors<Layout>(dtype, vectors, n, D, mean, scale, packed, blocks(D) * kBlock * 2,
                        norms);
 }
 

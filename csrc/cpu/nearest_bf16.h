@@ -26,9 +26,9 @@ struct Layout {
 }  // namespace
 
 template <int width>
-static void pack(vqfast_dtype dtype, const void *rows, int64_t stride_row, int64_t stride_feature, int64_t n,
-                 int64_t D, const double *mean, double scale, void *packed, PackedNorm *norms) {
-  pack_vectors<Layout<width>>(dtype, rows, stride_row, stride_feature, n, D, mean, scale, packed,
+static void pack(vqfast_dtype dtype, const void *const *vectors, int64_t n, int64_t D, const double *mean,
+                 double scale, void *packed, PackedNorm *norms) {
+  pack_vectors<Layout<width>>(dtype, vectors, n, D, mean, scale, packed,
                               (D + 1) / 2 * 4 * width, norms);
 }
 

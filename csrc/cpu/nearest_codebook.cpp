@@ -128,10 +128,12 @@ bool Codes::prepare() const {
 #pragma omp parallel for schedule(static) reduction(max : rounded, exact, residual) reduction(min : first_finite) \
     reduction(&& : enough) if (K * D > 1 << 16)
   for (int64_t p = 0; p < n_panels(); ++p) {
-    PackedNorm norms[64];
+    PackedNorm norms[kMostTogether];
+    const void *vectors[kMostTogether];
     const int64_t first = p * width, n = std::min(width, K - first);
     char *panel = panels + p * engine.panel_bytes(D);
-    engine.pack_panel(source.dtype, source.code(first), D, 1, n, D, mean, scale, panel, norms);
+    for (int64_t i = 0; i < n; ++i) vectors[i] = source.code(first + i);
+    engine.pack_panel(source.dtype, vectors, n, D, mean, scale, panel, norms);
     bool finite = true;
     for (int64_t i = 0; i < width; ++i) {
       const bool usable = i < n && std::isfinite(norms[i].rounded) && std::isfinite(norms[i].exact);
@@ -146,19 +148,15 @@ bool Codes::prepare() const {
     if (finite) continue;
     // A NaN in a code would make its score NaN, whatever its bias: the panel again, with zeros in place of such codes.
     const int64_t bytes = D * element_size(source.dtype);
-    const Buffer<char> kept = buffer<char>(n * bytes);
-    if (!kept) {
+    const Buffer<char> zeros = buffer<char>(bytes);
+    if (!zeros) {
       enough = false;
       continue;
     }
-    for (int64_t i = 0; i < n; ++i) {
-      char *to = kept.get() + i * bytes;
-      if (bias[first + i] != kNever)
-        std::copy_n(source.code(first + i), bytes, to);
-      else
-        std::fill_n(to, bytes, 0);
-    }
-    engine.pack_panel(source.dtype, kept.get(), D, 1, n, D, mean, scale, panel, norms);
+    std::fill_n(zeros.get(), bytes, 0);
+    for (int64_t i = 0; i < n; ++i)
+      if (bias[first + i] == kNever) vectors[i] = zeros.get();
+    engine.pack_panel(source.dtype, vectors, n, D, mean, scale, panel, norms);
   }
   // Unit codes are rounded before they are packed.
   const double unit_error = metric == VQFAST_COSINE ? scale * ((double)D + 8) * 0x1p-53 : 0;

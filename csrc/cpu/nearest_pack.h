@@ -64,24 +64,22 @@ static inline __attribute__((always_inline)) double largest_magnitude(const T *r
 
 // The difference and its scaling are float64; they round once, to the format (bfloat16 by way of float32).
 template <class Layout>
-static void pack_vectors(vqfast_dtype dtype, const void *rows, int64_t stride_row, int64_t stride_feature, int64_t n,
-                         int64_t D, const double *mean, double scale, void *packed, int64_t bytes,
-                         PackedNorm *norms) {
+static void pack_vectors(vqfast_dtype dtype, const void *const *vectors, int64_t n, int64_t D, const double *mean,
+                         double scale, void *packed, int64_t bytes, PackedNorm *norms) {
   memset(packed, 0, bytes);
   with_element(dtype, [&](auto *type) {
-    const auto *base = (decltype(type))rows;
     for (int64_t i = 0; i < n; ++i) {
-      const auto *row = base + i * stride_row;
-      const double factor = mean ? scale : scale_to_one(largest_magnitude(row, stride_feature, D));
+      const auto *row = (decltype(type))vectors[i];
+      const double factor = mean ? scale : scale_to_one(largest_magnitude(row, 1, D));
       vdw rounded = {}, exact = {}, residual = {};
       for (int64_t d = 0; d < D; d += kWide) {
         const int m = D - d < kWide ? (int)(D - d) : kWide;
         vdw wide = {};
-        if (m == kWide && stride_feature == 1) {
+        if (m == kWide) {
           wide = mean ? (widened(row + d) - widened(mean + d)) * factor : widened(row + d) * factor;
         } else {
           for (int j = 0; j < m; ++j)
-            wide[j] = ((double)widen(row[(d + j) * stride_feature]) - (mean ? mean[d + j] : 0.0)) * factor;
+            wide[j] = ((double)widen(row[d + j]) - (mean ? mean[d + j] : 0.0)) * factor;
         }
         const vfw values = Layout::round(__builtin_convertvector(wide, vfw));
         const vdw back = __builtin_convertvector(values, vdw), rest = wide - back;

@@ -13,6 +13,7 @@
 #include "buffer.h"
 #include "convert.h"
 #include "dispatch.h"
+#include "gather.h"
 #include "nearest_codebook.h"
 #include "nearest_exact.h"
 #include "vqfast.h"
@@ -54,12 +55,11 @@ struct Rows {
 
   int64_t count() const { return x.batch * x.rows; }
   const void *row(int64_t n) const {
-    const int64_t at = n / x.rows * x.stride_batch + n % x.rows * x.stride_row;
-    return (const char *)x.data + at * element_size(dtype);
+    const int64_t b = n < x.rows ? 0 : n / x.rows;
+    return (const char *)x.data + (b * x.stride_batch + (n - b * x.rows) * x.stride_row) * element_size(dtype);
   }
   bool masked(int64_t n) const { return mask && !mask[n * mask_step]; }
   int64_t &index(int64_t n) const { return indices[n * step]; }
-  bool together(int64_t first, int64_t n) const { return first / x.rows == (first + n - 1) / x.rows; }
 
   bool finite(int64_t n, int64_t D) const {
     bool all = true;
@@ -68,18 +68,6 @@ struct Rows {
       for (int64_t d = 0; d < D; ++d) all &= std::isfinite((double)widen(values[d * x.stride_feature]));
     });
     return all;
-  }
-
-  // Rows that do not lie at one stride from each other, as (n, D).
-  Buffer<double> gather(int64_t first, int64_t n, int64_t D) const {
-    Buffer<double> gathered = buffer<double>(n * D);
-    if (!gathered) throw std::bad_alloc();
-    for (int64_t i = 0; i < n; ++i)
-      with_element(dtype, [&](auto *type) {
-        const auto *values = (decltype(type))row(first + i);
-        for (int64_t d = 0; d < D; ++d) gathered[i * D + d] = (double)widen(values[d * x.stride_feature]);
-      });
-    return gathered;
   }
 };
 
@@ -93,10 +81,10 @@ struct Contest {
   int32_t cells[kMostCells];
   float scores[kMostCells];
 
-  void begin(double bound, bool takes_part) {
+  void begin(double bound) {
     reach = 2 * bound;
     best = kNever;
-    least = takes_part && std::isfinite(bound) ? kNever : -kNever;
+    least = std::isfinite(bound) ? kNever : -kNever;
     winner = -1;
     n_cells = 0;
   }
@@ -115,9 +103,11 @@ struct Contest {
 // One thread's memory for a chunk of rows. Allocation throws std::bad_alloc.
 struct Scratch {
   Buffer<char> tiles;
+  Buffer<char> gathered;  // rows of a tile whose features lie apart
   Buffer<float> maxima;
   Buffer<int32_t> found;
   Buffer<double> wide;
+  std::vector<int64_t> rows;  // those of the chunk that are searched; the next two are of each of these
   std::vector<PackedNorm> norms;
   std::vector<Contest> contests;
   std::vector<int32_t> codes;
@@ -153,10 +143,16 @@ class Search {
 
   // Writes the indices of rows first..first+n-1; returns how many of them the scores have left open.
   int64_t run(Scratch &m, int64_t first, int64_t n) const {
+    m.rows.clear();
+    for (int64_t row = first; row < first + n; ++row)
+      if (rows_.masked(row))
+        rows_.index(row) = -1;
+      else
+        m.rows.push_back(row);
+    pack(m);
+    score(m);
     int64_t open = 0;
-    pack(m, first, n);
-    score(m, first, n);
-    for (int64_t i = 0; i < n; ++i) open += decide(m, first + i, i);
+    for (size_t i = 0; i < m.rows.size(); ++i) open += decide(m, i);
     return open;
   }
 
@@ -168,34 +164,29 @@ class Search {
   int64_t group_, strip_, part_;  // panels: whose maxima are one, read back at a time, gone through by a chunk at a time
   int64_t stride_;                // of the maxima of a row
 
-  // Packs rows first..first+n-1, and opens their contests.
-  void pack(Scratch &m, int64_t first, int64_t n) const {
-    const int64_t width = engine_.tile_rows;
+  // Packs the rows, and opens their contests.
+  void pack(Scratch &m) const {
+    const int64_t width = engine_.tile_rows, n = m.rows.size();
+    const void *vectors[kMostTogether];
+    const int64_t apart = rows_.x.stride_feature, size = element_size(codes_.dtype);
+    if (apart != 1 && !m.gathered) m.gathered = buffer<char>(width * gathered_pitch(codes_.D, size) * size);
+    if (apart != 1 && !m.gathered) throw std::bad_alloc();
     for (int64_t i = 0; i < n; i += width) {
-      const int64_t begin = first + i, count = std::min(width, n - i);
-      char *tile = m.tiles.get() + i / width * engine_.tile_bytes(codes_.D);
-      if (rows_.together(begin, count)) {
-        pack_tile(codes_.dtype, rows_.row(begin), rows_.x.stride_row, rows_.x.stride_feature, count, tile, &m.norms[i]);
-      } else {
-        const Buffer<double> gathered = rows_.gather(begin, count, codes_.D);
-        pack_tile(VQFAST_F64, gathered.get(), codes_.D, 1, count, tile, &m.norms[i]);
-      }
+      const int64_t count = std::min(width, n - i);
+      for (int64_t j = 0; j < count; ++j) vectors[j] = rows_.row(m.rows[i + j]);
+      if (apart != 1) gather(size, vectors, count, codes_.D, apart, m.gathered.get());
+      engine_.pack_tile(codes_.dtype, vectors, count, codes_.D, codes_.row_mean(), codes_.facts->scale,
+                        m.tiles.get() + i / width * engine_.tile_bytes(codes_.D), &m.norms[i]);
     }
     for (int64_t i = 0; i < n; ++i) {
       const double bound = error_bound(codes_, m.norms[i]);
-      m.contests[i].begin(exact_ || !std::isfinite(bound) ? bound : 0, !rows_.masked(first + i));
+      m.contests[i].begin(exact_ || !std::isfinite(bound) ? bound : 0);
     }
   }
 
-  void pack_tile(vqfast_dtype dtype, const void *rows, int64_t stride_row, int64_t stride_feature, int64_t n, char *tile,
-                 PackedNorm *norms) const {
-    engine_.pack_tile(dtype, rows, stride_row, stride_feature, n, codes_.D, codes_.row_mean(), codes_.facts->scale, tile,
-                      norms);
-  }
-
-  // Every code against every row of the chunk.
-  void score(Scratch &m, int64_t first, int64_t n) const {
-    const int64_t n_panels = codes_.n_panels(), width = engine_.tile_rows, lanes = engine_.lanes;
+  // Every code against every row.
+  void score(Scratch &m) const {
+    const int64_t n_panels = codes_.n_panels(), width = engine_.tile_rows, lanes = engine_.lanes, n = m.rows.size();
     for (int64_t part = 0; part < n_panels; part += part_)
       for (int64_t i = 0; i < n; i += width)
         for (int64_t p = part; p < std::min(part + part_, n_panels); p += strip_) {
@@ -205,7 +196,7 @@ class Search {
                         codes_.D, panels, group_, stride_, m.maxima.get());
           const int64_t n_maxima = (panels + group_ - 1) / group_ * lanes;
           for (int64_t r = 0; r < std::min(width, n - i); ++r)
-            take(m, first + i + r, m.contests[i + r], m.maxima.get() + r * stride_, n_maxima, p / group_ * lanes);
+            take(m, m.rows[i + r], m.contests[i + r], m.maxima.get() + r * stride_, n_maxima, p / group_ * lanes);
         }
   }
 
@@ -238,15 +229,12 @@ class Search {
     contest.n_cells = 0;
   }
 
-  // Writes the index of a row, row i of its chunk; true where the scores have left it open.
-  bool decide(Scratch &m, int64_t row, int64_t i) const {
+  // Writes the index of row m.rows[i]; true where the scores have left it open.
+  bool decide(Scratch &m, int64_t i) const {
+    const int64_t row = m.rows[i];
     Contest &contest = m.contests[i];
     int64_t &index = rows_.index(row);
     index = 0;
-    if (rows_.masked(row)) {
-      index = -1;
-      return false;
-    }
     // A row of zeros has the same product and the same cosine with every code.
     if (codes_.metric != VQFAST_L2 && m.norms[i].exact == 0) {
       index = codes_.facts->first;

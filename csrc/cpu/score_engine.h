@@ -7,6 +7,8 @@
 
 namespace vqfast {
 
+constexpr int kMostTogether = 64;  // vectors of a tile or a panel, whatever the engine
+
 // Squared norms of one packed vector, in float64: as packed, before the rounding to the format, and of the difference.
 // Any of them is NaN or infinite if a component was.
 struct PackedNorm {
@@ -22,12 +24,12 @@ struct ScoreEngine {
   int feature_block;   // features are padded with zeros to a multiple of this
   int least_features;  // with fewer the float32 engine is faster
 
-  // Packs scale (v - mean) of n vectors, n <= tile_rows or panel_codes; the places after them are zero. Without a mean,
+  // Packs scale (v - mean) of n vectors of D features side by side, n <= tile_rows or panel_codes; the places after them are zero. Without a mean,
   // each vector is scaled by a power of two of its own, that of binary_scale.h.
-  void (*pack_tile)(vqfast_dtype dtype, const void *rows, int64_t stride_row, int64_t stride_feature, int64_t n,
-                    int64_t D, const double *mean, double scale, void *tile, PackedNorm *norms);
-  void (*pack_panel)(vqfast_dtype dtype, const void *rows, int64_t stride_row, int64_t stride_feature, int64_t n,
-                     int64_t D, const double *mean, double scale, void *panel, PackedNorm *norms);
+  void (*pack_tile)(vqfast_dtype dtype, const void *const *vectors, int64_t n, int64_t D, const double *mean,
+                    double scale, void *tile, PackedNorm *norms);
+  void (*pack_panel)(vqfast_dtype dtype, const void *const *vectors, int64_t n, int64_t D, const double *mean,
+                     double scale, void *panel, PackedNorm *norms);
 
   // A tile against n_panels panels, `group` of them at a time (the last time fewer): the largest score that each lane of
   // each row meets in a group, maxima[row * stride + group * lanes + lane]. Two vectors of `lanes` codes make a panel, so

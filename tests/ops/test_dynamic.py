@@ -24,20 +24,24 @@ def test_on_the_grid_and_in_packed_space_are_the_same(order, dtype):
 
     (here, here_grads), (there, there_grads) = step(None), step(features[..., 0].numel())
     assert torch.equal(here.quantized, there.quantized) and torch.equal(here.indices, there.indices)
-    assert torch.equal(here.counts, there.counts) and torch.equal(here.vectors, there.vectors)
+    assert torch.equal(here.counts, there.counts) and torch.equal(here.chosen, there.chosen)
     assert all(torch.equal(a, b) for a, b in zip(here.packed, there.packed, strict=True))
     torch.testing.assert_close(here.loss, there.loss)
     for a, b in zip(here_grads, there_grads, strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_the_tail_counts_for_no_code():
+@pytest.mark.parametrize("capacity", [None, 60, 20])
+def test_each_code_is_chosen_once(capacity):
+    """Also where some are dropped, which then count for none."""
     features, grains, codebook = problem()
-    out = ops.dynamic_quantize(features, grains, codebook)
-    counted = torch.where(out.packed.grain_ids >= 0, out.packed.values, -1)
-    counts, sums = ops.codebook_stats(out.vectors, counted, len(codebook))
-    assert torch.equal(counts, out.counts.to(counts))
-    torch.testing.assert_close(sums.sum(0), out.vectors.sum(0))
+    out = ops.dynamic_quantize(features, grains, codebook, capacity=capacity)
+    counts, sums = ops.codebook_stats(features, out.chosen, len(codebook))
+    assert torch.equal(counts, out.counts.to(counts)) and int(counts.sum()) == int(out.packed.cu_seqlens[-1])
+    again = ops.pack(out.chosen, grains, capacity=capacity).values
+    assert torch.equal(again, out.packed.values)
+    vectors = ops.pack(features, grains, capacity=capacity).values
+    torch.testing.assert_close(sums.sum(0), vectors.sum(0))
 
 
 def problem(num_grains: int = 2, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
@@ -76,8 +80,7 @@ def test_is_the_replicated_grid_quantised_with_weights(num_grains, order):
     tokens = int((4**grains).sum())
     torch.testing.assert_close(per_code.loss, want * features[..., 0].numel() / tokens)
     assert int(per_code.counts.sum()) == tokens and int(out.counts.sum()) == features[..., 0].numel()
-    weights = ops.code_weights(per_code.packed.grain_ids, num_grains)
-    sums = ops.codebook_stats(per_code.vectors, per_code.packed.values, 20, weights=weights.double())
+    sums = ops.codebook_stats(features, per_code.chosen, 20, weights=1 / weight)
     torch.testing.assert_close(sums, ops.codebook_stats(features, grid.indices, 20))
 
 
@@ -121,7 +124,7 @@ def test_a_traced_graph_gives_the_same_without_looking_at_the_data():
         got = compiled(features, grains, codebook, normalise=normalise, counting=normalise)
         want = ops.dynamic_quantize(features, grains, codebook, normalise=normalise, counting=normalise)
         torch.testing.assert_close(got.loss, want.loss)
-        for name in ("quantized", "indices", "counts", "vectors"):
+        for name in ("quantized", "indices", "counts", "chosen"):
             assert torch.equal(getattr(got, name), getattr(want, name)), name
         for a, b in zip(got.packed, want.packed, strict=True):
             assert torch.equal(a, b)
@@ -159,13 +162,13 @@ def test_golden_quantiser(golden):
 
 
 def test_golden_moving_averages(golden):
-    """The released statistics count every position of the grid: those of `vectors` and `packed` where all are fine."""
+    """The released statistics count every position of the grid: those of `chosen` where all are fine."""
     arrays = golden("dq_ema_codebook")
     features = arrays["plain/x"].permute(0, 2, 3, 1)
     codebook = arrays["plain/weight_before"][:24]
     out = ops.dynamic_quantize(features, torch.ones(2, 3, 3, dtype=torch.int64), codebook, counting="cells")
     assert torch.equal(out.indices, arrays["plain/indices"])
-    counts, sums = ops.codebook_stats(out.vectors, out.packed.values, 24)
+    counts, sums = ops.codebook_stats(features, out.chosen, 24)
     assert torch.equal(counts.long(), out.counts)
     torch.testing.assert_close(
         arrays["plain/cluster_size_before"].lerp(counts, 0.01), arrays["plain/cluster_size_after"]

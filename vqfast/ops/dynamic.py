@@ -11,6 +11,7 @@ from vqfast.ops.packing import Packed, check_num_grains, grains_of_grid, pack, u
 from vqfast.ops.reduction import ordered_sum
 from vqfast.ops.search import ESTIMATORS, codebook_stats, nearest_code, quantize
 
+_unpack = torch.ops.vqfast.unpack.default
 _dynamic_lookup = torch.ops.vqfast.dynamic_lookup.default
 _dynamic_lookup_backward = torch.ops.vqfast.dynamic_lookup_backward.default
 
@@ -25,8 +26,8 @@ class DynamicQuantized(NamedTuple):
     loss: scalar float32 (float64 for float64 input).
     counts: (K,) int64, how often each code was chosen.
     packed: the indices as packed codes, of T tokens.
-    vectors: (T, D) what was quantised, without gradient; zero in the tail. With
-        torch.where(packed.grain_ids >= 0, packed.values, -1) it is what a moving average adds up by `codebook_stats`.
+    chosen: (B, Hf, Wf) int64, each code once: its index at the top left of what it covers, -1 elsewhere. What a moving
+        average adds up is codebook_stats(features, chosen, K).
     """
 
     quantized: Tensor
@@ -34,7 +35,7 @@ class DynamicQuantized(NamedTuple):
     loss: Tensor
     counts: Tensor
     packed: Packed
-    vectors: Tensor
+    chosen: Tensor
 
 
 def code_weights(grain_ids: Tensor, num_grains: int = 2) -> Tensor:
@@ -44,31 +45,80 @@ def code_weights(grain_ids: Tensor, num_grains: int = 2) -> Tensor:
 
 
 class _DynamicLookup(torch.autograd.Function):
-    """`_Lookup` of search.py on the fine grid, straight through; `codes` are the same indices packed in `order`."""
+    """`_Lookup` of search.py on the fine grid, straight through."""
 
     @staticmethod
-    def forward(ctx, features, codebook, indices, grains, num_grains, codes, order, beta, codebook_weight):
+    def forward(ctx, features, codebook, indices, chosen, grains, num_grains, beta, codebook_weight):
         quantized, error, counts = _dynamic_lookup(features, codebook, indices, grains, num_grains)
-        ctx.save_for_backward(features, codebook, indices, grains, codes)
-        ctx.num_grains, ctx.order, ctx.beta, ctx.codebook_weight = num_grains, order, beta, codebook_weight
+        ctx.save_for_backward(features, codebook, indices, chosen, grains)
+        ctx.num_grains, ctx.beta, ctx.codebook_weight = num_grains, beta, codebook_weight
         ctx.mark_non_differentiable(counts)
         return quantized, error * (beta + codebook_weight), counts
 
     @staticmethod
     def backward(ctx, grad_quantized, grad_error, _):
-        features, codebook, indices, grains, codes = ctx.saved_tensors
+        features, codebook, indices, chosen, grains = ctx.saved_tensors
         grad_features = grad_codebook = None
         if ctx.needs_input_grad[0]:
             grad_features = _dynamic_lookup_backward(
                 grad_quantized, grad_error * ctx.beta, features, codebook, indices, grains, ctx.num_grains
             )
         if ctx.needs_input_grad[1]:
-            used, K = codes.shape[0], codebook.shape[0]
-            weights = pack(grad_error * (2 * ctx.codebook_weight), grains, order=ctx.order, capacity=used).values
-            vectors = pack(features, grains, order=ctx.order, capacity=used).values
-            counts, sums = codebook_stats(vectors, codes, K, weights=weights)
+            weights = grad_error * (2 * ctx.codebook_weight)
+            counts, sums = codebook_stats(features, chosen, codebook.shape[0], weights=weights)
             grad_codebook = (counts[:, None] * codebook - sums).to(codebook.dtype)
-        return grad_features, grad_codebook, *(None,) * 7
+        return grad_features, grad_codebook, *(None,) * 6
+
+
+def _in_place(
+    features: Tensor, grains: Tensor, codebook: Tensor, num_grains: int, order: str, beta: float, codebook_weight: float
+) -> DynamicQuantized:
+    """On the host: a search of the vectors that are codes, where they lie. Nothing of their size is packed."""
+    grid = features.shape[:3]
+    rows = pack(torch.arange(grid.numel()).view(grid), grains, order=order)
+    used = int(rows.cu_seqlens[-1])
+    each = rows.values[:used]
+    taken = torch.zeros(grid.numel(), dtype=torch.bool).index_fill_(0, each, True).view(grid)
+    chosen = nearest_code(features, codebook, mask=taken)
+    values = torch.zeros_like(rows.values)
+    torch.index_select(chosen.view(-1), 0, each, out=values[:used])
+    codes = rows._replace(values=values)
+    indices = unpack(codes, grains, num_grains=num_grains)
+    quantized, error, counts = _DynamicLookup.apply(
+        features, codebook, indices, chosen, grains, num_grains, float(beta), float(codebook_weight)
+    )
+    loss = ordered_sum(error) / max(used * features.shape[-1], 1)
+    return DynamicQuantized(quantized, indices, loss, counts, codes, chosen)
+
+
+def _in_packed_space(
+    features: Tensor,
+    grains: Tensor,
+    codebook: Tensor,
+    num_grains: int,
+    order: str,
+    beta: float,
+    codebook_weight: float,
+    estimator: str,
+    capacity: int | None,
+) -> DynamicQuantized:
+    """Pack, search, look up, unpack."""
+    packed = pack(features, grains, order=order, capacity=capacity)
+    layout = packed[1:]
+    result = quantize(
+        packed.values,
+        codebook,
+        beta=beta,
+        codebook_weight=codebook_weight,
+        estimator=estimator,
+        mask=packed.grain_ids >= 0,
+    )
+    codes = packed._replace(values=result.indices.clamp(min=0))
+    indices = unpack(codes, grains, num_grains=num_grains)
+    # One more, and each once: what is left out stays 0.
+    chosen = _unpack(codes.values + 1, *layout, grains, num_grains, False) - 1
+    quantized = unpack(packed._replace(values=result.quantized), grains, num_grains=num_grains)
+    return DynamicQuantized(quantized, indices, result.loss, result.counts, codes, chosen)
 
 
 def _check_account(name: str, value: str) -> None:
@@ -109,7 +159,7 @@ def dynamic_quantize(
             capacity near the expected number of codes saves what the grains save. On the CPU only codes are searched.
 
     Returns:
-        DynamicQuantized(quantized, indices, loss, counts, packed, vectors).
+        DynamicQuantized(quantized, indices, loss, counts, packed, chosen).
 
     Raises:
         TypeError, ValueError: as `pack` and `quantize`; an unknown option.
@@ -121,38 +171,20 @@ def dynamic_quantize(
     _check_account("counting", counting)
     check_choice("estimator", estimator, ESTIMATORS)
     num_grains = grains_of_grid(features.shape, grains, "features")
-    on_cpu = features.device.type == "cpu" and not torch.compiler.is_compiling()
-    # Where nothing is dropped and gradients go straight through, only the search needs packed vectors.
-    on_grid = on_cpu and capacity is None and estimator == "ste"
-    packed = pack(features.detach() if on_grid else features, grains, order=order, capacity=capacity)
-    vectors, cu_seqlens, positions, grain_ids = packed
-    T = vectors.shape[0]
-    # On the CPU the number of codes is at hand: the tail is not searched.
-    used = int(cu_seqlens[-1]) if on_cpu else T
-    if on_grid:
-        chosen = nearest_code(vectors[:used], codebook.detach())
+    on_host = features.is_cpu and not torch.compiler.is_compiling()
+    # Where nothing is dropped and gradients go straight through, only the search tells codes from what they cover.
+    if on_host and capacity is None and estimator == "ste":
+        out = _in_place(features, grains, codebook, num_grains, order, beta, codebook_weight)
     else:
-        mask = None if on_cpu else grain_ids >= 0
-        result = quantize(
-            vectors[:used], codebook, beta=beta, codebook_weight=codebook_weight, estimator=estimator, mask=mask
+        out = _in_packed_space(
+            features, grains, codebook, num_grains, order, beta, codebook_weight, estimator, capacity
         )
-        chosen = result.indices.clamp(min=0)
-    codes = packed._replace(values=torch.nn.functional.pad(chosen, (0, T - used)))
-    indices = unpack(codes, grains, num_grains=num_grains)
-    if on_grid:
-        quantized, error, counts = _DynamicLookup.apply(
-            features, codebook, indices, grains, num_grains, chosen, order, float(beta), float(codebook_weight)
-        )
-        loss = ordered_sum(error) / max(chosen.numel() * features.shape[-1], 1)
-    else:
-        tokens = Packed(result.quantized, cu_seqlens, positions[:used], grain_ids[:used])
-        quantized, loss, counts = unpack(tokens, grains, num_grains=num_grains), result.loss, result.counts
     if normalise == "cells":
-        loss = loss * (cu_seqlens[-1] / max(indices.numel(), 1))
+        out = out._replace(loss=out.loss * (out.packed.cu_seqlens[-1] / max(out.indices.numel(), 1)))
     if counting == "cells":
-        weights = code_weights(grain_ids, num_grains)
-        counts = torch.zeros_like(counts).scatter_add_(0, codes.values, weights)
-    return DynamicQuantized(quantized, indices, loss, counts, codes, vectors.detach())
+        weights = code_weights(out.packed.grain_ids, num_grains)
+        out = out._replace(counts=torch.zeros_like(out.counts).scatter_add_(0, out.packed.values, weights))
+    return out
 
 
 def grain_budget_loss(gates: Tensor, targets: Sequence[float], weights: Sequence[float]) -> Tensor:

@@ -53,5 +53,5 @@ def raster_equal(model_class: type[nn.Module], config: Any, depth: int) -> Raste
             return make(best)
     raise ValueError(
         f"heads: no raster-order transformer of {config.heads} heads and up to {2 * depth} blocks has "
-        f"{wanted} parameters to {TOLERANCE:.0%}"
+        f"{wanted} parameters to {TOLERANCE:.0%}; expected another width or depth, or fewer heads"
     )

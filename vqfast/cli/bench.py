@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -89,6 +90,6 @@ class Bench:
             self.classifier.features_of(self.decode(self.codes[: self.command.n])), self.real_features
         )
 
-    def decode(self, codes: Tensor):
+    def decode(self, codes: Tensor) -> np.ndarray:
         """(n, h, w) codes to (n, H, W, C) uint8."""
         return decode(self.autoencoder, codes)

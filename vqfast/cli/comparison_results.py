@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from vqfast.cli.bench import Bench, Make
+from vqfast.cli.timed import TimedComparison
 from vqfast.evaluate.claims import Claim, table
 from vqfast.evaluate.equal_size import parameter_count
 from vqfast.evaluate.figures import save_grid
@@ -54,9 +55,7 @@ def _shown(value: Any, form: str) -> str:
     return mean if len(values) == 1 else f"{mean} +- {form.format(values.std(ddof=1))}"
 
 
-def sample_table(
-    bench: Bench, trained: Mapping[str, Sequence[Trained]], **more: Callable[[Samples], float]
-) -> Table:  # fmt: skip
+def sample_table(bench: Bench, trained: Mapping[str, Sequence[Trained]], **more: Callable[[Samples], float]) -> Table:
     """What was drawn, a row for each way of drawing; more: further figures of a training's samples."""
     figures = {
         "frechet": lambda drawn: frechet_distance(drawn.features, bench.real_features),
@@ -117,7 +116,7 @@ def write_results(
     (out / "results.md").write_text("\n".join(lines) + "\n")
 
 
-def print_results(command: Any, claims: list[Claim], models: dict[str, dict[str, Any]]) -> None:
+def print_results(command: TimedComparison, claims: list[Claim], models: dict[str, dict[str, Any]]) -> None:
     """The claims, and where to read more."""
     print("\n".join(f"{claim.verdict:>9}: {claim.text} ({claim.figures('resamples')})" for claim in claims))
     sizes = ", ".join(f"{described['parameters']} ({name})" for name, described in models.items())

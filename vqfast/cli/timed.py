@@ -83,11 +83,9 @@ class TimedComparison(OnDevice):
             image_size=self.image_size,
             num_res_blocks=1,
             codebook_size=self.codebook_size,
-            training=TrainConfig(
-                steps=steps, batch_size=64, lr=2e-3, warmup=50, device=self.device, seed=self.seed
-            ),
+            training=TrainConfig(steps=steps, lr=2e-3, warmup=50, device=self.device, seed=self.seed),
             **options,
-        )  # fmt: skip
+        )
 
     def classifier(self, data: ImageData) -> Classifier:
         """Trained on the training images."""

@@ -31,10 +31,16 @@ class CompareGeneration(TimedComparison):
     """Folder to make: results.json, results.md, samples.png, grains.png."""
     dqvae: Path | None = None
     """Run of a DQ-VAE. Default: a small one, whose cells get their codes by entropy, is trained in --out."""
-    dqvae_steps: int = 700
+    dqvae_steps: int = 400
     """Without --dqvae: its training steps."""
     dqvae_channels: int = 32
     """Without --dqvae: its base width."""
+    minutes: float = 1.0
+    """Time of each training."""
+    batch_size: int = 16
+    """Images a training step."""
+    lr: float = 3e-3
+    """Highest learning rate of both models."""
     dim: int = 64
     """Width of the DQ-Transformer; the raster-order transformer's is chosen so that both have as many parameters."""
     position_depth: int = 1

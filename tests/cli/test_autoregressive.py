@@ -86,25 +86,9 @@ def test_training_goes_on(folder, tmp_path):
     assert max(steps) == 3
 
 
-def test_compare_generation(folder, tmp_path, capsys):
-    sizes = "--minutes 0.01 --n 6 --dim 16 --position-depth 1 --content-depth 1 --heads 2 --classifier-steps 3"
-    command = f"compare generation --dqvae {folder}/dqvae --data {folder}/images.npz {sizes} --out {tmp_path}/a"
-    assert run(command) == 0
-    figures = json.loads((tmp_path / "a" / "results.json").read_text())
-    coarse, raster = figures["results"]
-    assert coarse["name"] == "coarse to fine" and raster["name"] == "raster order"
-    assert 8 <= coarse["tokens"] <= 20 and raster["tokens"] == 16
-    for result in (coarse, raster):
-        assert result["steps"] >= 1 and result["frechet"] > 0 and result["seconds_per_image"] > 0
-    assert 0 <= figures["classifier_accuracy"] <= 1
-    assert "raster order: Frechet distance" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("compare generation --dqvae {folder}/vqvae --data {folder}/images.npz", "holds a vqvae run, expected a dqvae"),
-        ("compare generation --dqvae {folder}/dqvae --data {folder}/images.npz --minutes 0", "--minutes: expected"),
         ("sample {folder}/gpt --steps 3", "--steps: the raster_gpt in"),
         ("sample {folder}/gpt --derive-finest", "--derive-finest: the raster_gpt in"),
         ("sample {folder}/dq --top-p 2", "--top-p: expected a share"),
@@ -124,8 +108,7 @@ def test_compare_generation(folder, tmp_path, capsys):
     ],
 )
 def test_what_does_not_fit_is_one_line_and_leaves_nothing(folder, tmp_path, capsys, command, message):
-    device = "" if command.startswith("compare") else "--device cpu"
-    assert run(f"{command.format(folder=folder)} --out {tmp_path}/a {device}") == 2
+    assert run(f"{command.format(folder=folder)} --out {tmp_path}/a --device cpu") == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "a").exists()

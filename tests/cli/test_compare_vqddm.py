@@ -15,16 +15,8 @@ TINY = (
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    path = tmp_path_factory.mktemp("compare") / "images.npz"
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
-    np.savez(path, images=pixels, labels=np.array(["cat", "dog"])[np.arange(40) % 2])
-    return path
-
-
-@pytest.fixture(scope="module")
-def compared(images):
-    out = images.with_name("out")
+def compared(images, tmp_path_factory):
+    out = tmp_path_factory.mktemp("compare") / "out"
     assert main(f"compare vqddm --data {images} --out {out} --vqvae-steps 1 {TINY}".split()) == 0
     return out
 
@@ -66,6 +58,9 @@ def test_it_takes_a_trained_autoencoder(compared, images, tmp_path):
         ("--minutes 0", "--minutes: expected a time above 0"),
         ("--steps 3", "--steps: expected numbers in 1..2 (--timesteps), got (3,)"),
         ("--n 1", "--n: expected at least 2, got 1"),
+        ("--batch-size 0", "--batch-size: expected at least 1, got 0"),
+        ("--vqvae-steps 0", "steps: expected at least 1, got 0"),
+        ("--image-size 9", "image_size: expected a multiple of 2"),
         ("--dim 50", "dim: expected a multiple of"),
         ("--vqvae missing", "missing: no such"),
     ],

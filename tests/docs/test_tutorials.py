@@ -13,7 +13,8 @@ from vqfast.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = "--steps 2 --batch-size 4 --eval-every 2 --device cpu --no-tensorboard"
 NETWORK = f"--image-size 16 --channels 32 --num-res-blocks 1 --codebook-size 32 --code-dim 8 {STEPS}"
-JUDGED = "--minutes 0.001 --n 4 --classifier-steps 2 --batch-size 4"
+SMALL = "--seeds 1 --n 4 --held-out 4 --batch-size 4"
+JUDGED = f"{SMALL} --minutes 0.001 --classifier-steps 2 --resamples 9 --device cpu"
 # What is added to a command: a later argument overrides an earlier one.
 TINY = {
     "train vqvae": NETWORK,
@@ -30,10 +31,9 @@ TINY = {
     "interpolate": "-n 2 --device cpu",
     "evaluate": "-n 12 --device cpu",
     "report": "",
-    "compare vqddm": f"{JUDGED} --image-size 16 --seeds 1 --held-out 4 --dim 48 --depth 1 --timesteps 10 --steps 2 "
-    "--vqvae-steps 2 --resamples 9 --device cpu",
+    "compare vqddm": f"{JUDGED} --image-size 16 --dim 48 --depth 1 --timesteps 10 --steps 2 --vqvae-steps 2",
     "compare dqvae": "--image-size 32 --crop 16 --cell 4 --side 7 --steps 2 --batch-size 2 --held-out 4",
-    "compare generation": f"{JUDGED} --dim 32 --position-depth 1 --content-depth 1",
+    "compare generation": f"{JUDGED} --dim 64 --position-depth 1 --content-depth 1",
 }
 # Numbers that fit photos of another size, and weights that nobody has here.
 FITTED = {

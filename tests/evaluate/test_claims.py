@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vqfast.evaluate.claims import Claim, bootstrap, table
+from vqfast.evaluate.claims import Claim, bootstrap, bootstrap_of_mean, table
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,7 @@ def test_bootstrap_of_a_mean_has_its_standard_error():
     assert claim.difference == pytest.approx(float(values.mean()))
     assert claim.deviation == pytest.approx(float(values.std()) / 20, rel=0.1)
     assert claim == judge(0) != judge(1)
+    assert claim == bootstrap_of_mean("larger", values, 1000, 0)
 
 
 def test_bootstrap_counts_how_trainings_differ():

@@ -12,6 +12,14 @@ def mults_for(image_size: int) -> tuple[int, ...]:
     return (1, 1, 2, 2, 4)
 
 
+def cell_mults(image_size: int) -> tuple[int, ...]:
+    """Levels of a small DQ-VAE: cells of at most 8 pixels, and at least four of them a side where there is a choice."""
+    levels = 2
+    while levels < 4 and image_size % 2**levels == 0 and image_size // 2**levels >= 4:
+        levels += 1
+    return (1, 2, 2, 2)[:levels]
+
+
 def halvings(grid: int) -> tuple[int, ...]:
     """Levels of the U-Net, as many of the paper's four as the grid can be halved for."""
     mults = (1, 2, 4, 8)

@@ -1,4 +1,4 @@
-"""What `vqfast compare vqddm` and `generation` share: a time for each training, and a classifier that judges."""
+"""What `vqfast compare vqddm` and `generation` share: options, and a time for each training."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,46 +7,85 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
+from vqfast.cli.encoding import check_channels
+from vqfast.cli.options import OnDevice
+from vqfast.cli.train_autoencoder import AutoencoderTraining, square_images
 from vqfast.data import CodeBatches, DataError, ImageData
 from vqfast.evaluate.frechet import Classifier, fit_classifier
-from vqfast.evaluate.generation import fit_for
+from vqfast.evaluate.timed_training import fit_for
+from vqfast.models.autoencoder import Autoencoder
+from vqfast.models.dqvae import DQVAE
+from vqfast.train import TrainConfig
 
 
 @dataclass(kw_only=True)
-class TimedComparison:
+class TimedComparison(OnDevice):
     """Options of comparisons at equal training time."""
 
     data: str
     """Images with classes: see vqfast train vqvae. The classifier that judges is trained on them too."""
     out: Path
     """Folder to make."""
-    minutes: float = 10.0
-    """Training time of each model."""
-    n: int = 1000
-    """Images to draw from each."""
+    image_size: int | None = None
+    """Resize images to this many pixels a side. Default: their own size, or that of the autoencoder given."""
+    codebook_size: int = 128
+    """Codes of the autoencoder that is trained where none is given."""
+    minutes: float = 0.5
+    """Time of each training."""
+    seeds: int = 3
+    """Trainings of each model."""
+    n: int = 500
+    """Images to draw from each training."""
+    held_out: int = 500
+    """Held-out images to measure on, at most."""
     heads: int = 4
-    """Attention heads of both."""
+    """Attention heads of both models."""
     batch_size: int = 64
     """Images a training step."""
     lr: float = 1e-3
-    """Highest learning rate of both."""
+    """Highest learning rate of both models."""
     classifier_steps: int = 600
     """Training steps of the classifier."""
+    resamples: int = 300
+    """Of the bootstrap that tells how sure a claim is."""
     seed: int = 0
-    """Of weights, order of images and noise."""
+    """Of the first training: weights, order of images and noise; each further one has the next."""
 
-    def check(self, **least: int) -> None:
-        """Raises DataError where the time is none, or an option is below what is given as its least."""
-        for name, value in ({"n": 2} | least).items():
-            if getattr(self, name) < value:
-                raise DataError(f"--{name.replace('_', '-')}: expected at least {value}, got {getattr(self, name)}")
-        if not self.minutes > 0:
-            raise DataError(f"--minutes: expected a time above 0, got {self.minutes}")
+    def check(self) -> None:
+        """Raises DataError where an option is out of range."""
+        for name, least in (
+            ("seeds", 1), ("n", 2), ("held_out", 2), ("batch_size", 1), ("classifier_steps", 1), ("resamples", 2),
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise DataError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
+        for name, quantity in (("minutes", "time"), ("lr", "number")):
+            if not getattr(self, name) > 0:
+                raise DataError(f"--{name}: expected a {quantity} above 0, got {getattr(self, name)}")
 
-    def check_images(self, data: ImageData) -> None:
-        """Raises DataError where images have no classes, or are too few."""
+    def images(self, given: Autoencoder | DQVAE | None) -> ImageData:
+        """The images, as the autoencoder given takes them, or of --image-size.
+
+        Raises:
+            DataError: they cannot be read, are not square, do not fit, have no classes, or are too few.
+        """
+        data = square_images(self.data, given.config.image_size if given else self.image_size)
+        if given:
+            check_channels(data, given.config.in_channels)
         if data.labels is None or data.held_out.sum() < 2:
             raise DataError(f"{self.data}: expected images with classes, and enough of them to hold some out")
+        return data
+
+    def small(self, kind: type[AutoencoderTraining], name: str, steps: int, **options: Any) -> AutoencoderTraining:
+        """The command that trains an autoencoder in minutes, in a folder of --out."""
+        return kind(
+            data=self.data,
+            out=self.out / name,
+            image_size=self.image_size,
+            num_res_blocks=1,
+            codebook_size=self.codebook_size,
+            training=TrainConfig(steps=steps, lr=2e-3, warmup=50, device=self.device, seed=self.seed),
+            **options,
+        )
 
     def classifier(self, data: ImageData) -> Classifier:
         """Trained on the training images."""

@@ -1,80 +1,125 @@
-"""Is generation coarse to fine better or faster than raster order, at equal parameters and equal training time?
+"""What generative models of codes draw, measured, and which of two draws better: by all trainings of both.
 
-What DQ-Transformer claims (Huang et al. 2023), on the codes of one DQ-VAE: the DQ-Transformer draws each code once;
-the raster-order GPT draws the finest grid, on which a coarse code stands four (sixteen) times.
+VQ-DDM claims it of discrete diffusion (Hu et al. 2022, arXiv 2112.01799), DQ-Transformer of an order coarse to fine
+(Huang et al. 2023, arXiv 2305.11718), both against raster order. A classifier trained on the real images judges.
 """
 
-import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 
-from vqfast.data import CodeBatches, ShuffledSteps
+from vqfast.evaluate.claims import Claim, bootstrap, bootstrap_of_mean
+from vqfast.evaluate.codes import copied
+from vqfast.evaluate.frechet import Classifier, frechet_distance
+from vqfast.evaluate.timed_training import clock
 
-
-def clock(device: torch.device) -> float:
-    """Seconds, once the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+BATCH = 64  # of images that are drawn together
 
 
 @dataclass(frozen=True)
-class Generated:
-    """What a model reached.
+class Samples:
+    """What one training of a model draws.
 
-    parameters: number of them. steps: training steps in its time. tokens: of an image, on average.
-    seconds_per_image: of sampling, a batch at a time. frechet: distance to held-out images, smaller is better.
+    images: (n, H, W, C) uint8. features: (n, D) float, of the classifier that judges. right: (n,) float, 1 where it
+    reads the class asked for. seconds: (batches,) float, of drawing the codes of an image. copied: share of the samples
+    whose codes are those of a training image. grains: (n, h, w) int64 of codes of variable length, None of others.
     """
 
-    name: str
-    parameters: int
+    images: np.ndarray
+    features: Tensor
+    right: Tensor
+    seconds: Tensor
+    copied: float
+    grains: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One training of one model.
+
+    steps: taken in its time. samples: by the name of the way of drawing; claims are judged by the first.
+    """
+
     steps: int
-    tokens: float
-    seconds_per_image: float
-    frechet: float
+    samples: dict[str, Samples]
+
+    @property
+    def judged(self) -> Samples:
+        """Those of the first way."""
+        return next(iter(self.samples.values()))
 
 
-def fit_for(
-    model: nn.Module,
-    codes: CodeBatches,
-    seconds: float,
-    *,
-    batch_size: int,
-    lr: float,
-    seed: int = 0,
-    report: Callable[[float], None] = lambda seconds: None,
-) -> int:
-    """Train a model with AdamW for a time; the learning rate falls to 0 along half a cosine of the time.
+def measure_samples(
+    draw: Callable[..., Tensor | tuple[Tensor, Tensor]],
+    decode: Callable[[Tensor], np.ndarray],
+    labels: Tensor,
+    classifier: Classifier,
+    training_codes: Tensor,
+    generator: torch.Generator,
+) -> Samples:
+    """Draw an image for each label.
 
     Args:
-        model: with `training_step(batch, step)`; left in eval mode.
-        codes: what to train on.
-        seconds: when to stop; at least one step is taken.
-        report: told after each step how many seconds it took.
-
-    Returns:
-        Steps taken.
+        draw: (n, labels, generator=) to (n, h, w) codes, or to those and their grains: a model's `sample`.
+        decode: codes to (n, H, W, C) uint8.
+        labels: (n,) int64.
+        training_codes: (M, h, w).
+        generator: of the noise; its device is the model's.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    device = next(model.parameters()).device
-    start = before = clock(device)
-    model.train()
-    for step, positions in enumerate(ShuffledSteps(len(codes), batch_size, range(2**40), seed)):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * (before - start) / seconds))
-        optimizer.zero_grad()
-        batch = {name: values.to(device) for name, values in codes[positions].items()}
-        model.training_step(batch, step)["loss"].backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        now = clock(device)
-        report(now - before)
-        before = now
-        if now - start >= seconds:
-            break
-    model.eval()
-    return step + 1
+    parts, seconds = [], []
+    for part in labels.split(BATCH):
+        start = clock(generator.device)
+        drawn = draw(len(part), part, generator=generator)
+        seconds.append((clock(generator.device) - start) / len(part))
+        parts.append(drawn if isinstance(drawn, tuple) else (drawn,))
+    codes, *grains = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
+    images = decode(codes)
+    features = classifier.features_of(images)
+    return Samples(
+        images,
+        features,
+        class_read(classifier, features, labels),
+        torch.tensor(seconds),
+        copied(codes, training_codes),
+        *grains,
+    )
+
+
+@torch.no_grad()
+def class_read(classifier: Classifier, features: Tensor, labels: Tensor) -> Tensor:
+    """(n,) float64: 1 where the classifier reads the label (n,) in the features (n, D)."""
+    return (classifier.head(features).argmax(1) == labels).double()
+
+
+def judge_samples(
+    ours: Sequence[Trained], theirs: Sequence[Trained], real: Tensor, *, resamples: int = 300, seed: int = 0
+) -> list[Claim]:
+    """The claims that one model draws better and faster than another.
+
+    Args:
+        ours, theirs: trainings of both models, as many of each.
+        real: (M, D) features of held-out images.
+        resamples, seed: of the bootstrap.
+    """
+
+    def stacked(figure: str, trainings: Sequence[Trained]) -> Tensor:
+        return torch.stack([getattr(one.judged, figure).double() for one in trainings])
+
+    features = [stacked("features", trainings) for trainings in (ours, theirs)]
+
+    def nearer(s: Tensor, i: Tensor) -> Tensor:
+        own, other = (np.mean([frechet_distance(f[k][i], real) for k in s.tolist()]) for f in features)
+        return torch.tensor(other - own)
+
+    def more(text: str, figure: str, sign: int = 1) -> Claim:
+        return bootstrap_of_mean(text, sign * (stacked(figure, ours) - stacked(figure, theirs)), resamples, seed)
+
+    trainings, images, _ = features[0].shape
+    return [
+        bootstrap("samples: nearer to real images (Frechet distance)", nearer, trainings, images, resamples, seed),
+        more("samples: show the class asked for more often", "right"),
+        more("samples: take less time an image (seconds)", "seconds", -1),
+    ]

@@ -5,86 +5,22 @@ grid at every step; a raster-order transformer draws a code knowing those before
 image is missing it is blind to what is known below and to the right.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqfast.data import CodeBatches, to_float
-from vqfast.evaluate.claims import Claim, bootstrap
-from vqfast.evaluate.codes import copied
-from vqfast.evaluate.frechet import Classifier, frechet_distance
-from vqfast.evaluate.generation import clock
+from vqfast.evaluate.claims import Claim, bootstrap_of_mean
+from vqfast.evaluate.frechet import Classifier
+from vqfast.evaluate.generation import BATCH, Trained, class_read, judge_samples
 from vqfast.evaluate.images import psnr, ssim
-from vqfast.models.raster_gpt import RasterGPT, RasterGPTConfig
-from vqfast.models.vqddm import VQDDM, VQDDMConfig
+from vqfast.models.raster_gpt import RasterGPT
+from vqfast.models.vqddm import VQDDM
 
-TOLERANCE = 0.02  # numbers of parameters that count as equal differ by this share at most
-BATCH = 64  # of images that are drawn together
 _FINEST_PSNR = 48.13  # dB of an error of one level of 8 bits: equal images count as this, not as infinity
-
-
-def parameter_count(model_class: type[nn.Module], config: VQDDMConfig | RasterGPTConfig) -> int:
-    """Number of parameters of a model of this make; takes no memory."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in model_class(config).parameters())
-
-
-def raster_equal(config: VQDDMConfig) -> RasterGPTConfig:
-    """The raster-order transformer for the codes of a VQ-DDM that has as many parameters, to 2 %.
-
-    Its depth is the nearest to the VQ-DDM's at which some width fits.
-
-    Raises:
-        ValueError: no width and depth fit.
-    """
-    wanted = parameter_count(VQDDM, config)
-    for depth in sorted(range(1, 2 * config.depth + 1), key=lambda depth: abs(depth - config.depth)):
-
-        def make(units: int, depth: int = depth) -> RasterGPTConfig:
-            return RasterGPTConfig(
-                codebook_size=config.codebook_size,
-                grid=config.grid,
-                dim=units * config.heads,
-                depth=depth,
-                heads=config.heads,
-                num_classes=config.num_classes,
-                class_dropout=config.class_dropout,
-            )
-
-        count = lambda units, make=make: parameter_count(RasterGPT, make(units))
-        low, high = 1, 2
-        while count(high) < wanted:
-            low, high = high, 2 * high
-        while high - low > 1:  # count(low) < wanted <= count(high)
-            middle = (low + high) // 2
-            low, high = (middle, high) if count(middle) < wanted else (low, middle)
-        best = min(low, high, key=lambda units: abs(count(units) - wanted))
-        if abs(count(best) - wanted) <= TOLERANCE * wanted:
-            return make(best)
-    raise ValueError(
-        f"heads: no raster-order transformer of {config.heads} heads and up to {2 * config.depth} blocks has "
-        f"{wanted} parameters to {TOLERANCE:.0%}"
-    )
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What one training of a model draws.
-
-    images: (n, H, W, C) uint8. features: (n, D) float, of the classifier that judges. right: (n,) float, 1 where it
-    reads the class asked for. seconds: (batches,) float, of drawing the codes of an image. copied: share of the samples
-    whose codes are those of a training image.
-    """
-
-    images: np.ndarray
-    features: Tensor
-    right: Tensor
-    seconds: Tensor
-    copied: float
 
 
 @dataclass(frozen=True)
@@ -102,59 +38,21 @@ class Inpainting:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """One training of one model.
+class TrainedInpainter(Trained):
+    """One training of a model that also fills holes.
 
-    steps: taken in its time. bits: per code of held-out images; the VQ-DDM's are a bound. samples: by the name of the
-    way of drawing. inpaintings: by the name of the mask.
+    bits: per code of held-out images; the VQ-DDM's are a bound. inpaintings: by the name of the mask.
     """
 
-    steps: int
     bits: float
-    samples: dict[str, Samples]
     inpaintings: dict[str, Inpainting]
-
-
-def measure_samples(
-    draw: Callable[..., Tensor],
-    decode: Callable[[Tensor], np.ndarray],
-    labels: Tensor,
-    classifier: Classifier,
-    training_codes: Tensor,
-    generator: torch.Generator,
-) -> Samples:
-    """Draw an image for each label.
-
-    Args:
-        draw: (n, labels, generator=) to (n, h, w) codes: a model's `sample`.
-        decode: codes to (n, H, W, C) uint8.
-        labels: (n,) int64.
-        training_codes: (M, h, w).
-        generator: of the noise; its device is the model's.
-    """
-    codes, seconds = [], []
-    for part in labels.split(BATCH):
-        start = clock(generator.device)
-        codes.append(draw(len(part), part, generator=generator))
-        seconds.append((clock(generator.device) - start) / len(part))
-    drawn = torch.cat(codes).cpu()
-    images = decode(drawn)
-    features = classifier.features_of(images)
-    return Samples(
-        images, features, _right(classifier, features, labels), torch.tensor(seconds), copied(drawn, training_codes)
-    )
 
 
 def measure_inpainting(images: np.ndarray, originals: np.ndarray, labels: Tensor, classifier: Classifier) -> Inpainting:
     """Compare completed images (N, H, W, C) uint8 with what they were, and read their class (N,)."""
     one, other = to_float(images), to_float(originals)
-    right = _right(classifier, classifier.features_of(images), labels)
+    right = class_read(classifier, classifier.features_of(images), labels)
     return Inpainting(images, psnr(one, other).clamp(max=_FINEST_PSNR), ssim(one, other), right)
-
-
-@torch.no_grad()
-def _right(classifier: Classifier, features: Tensor, labels: Tensor) -> Tensor:
-    return (classifier.head(features).argmax(1) == labels).double()
 
 
 @torch.no_grad()
@@ -172,10 +70,8 @@ def held_out_bits(model: VQDDM | RasterGPT, codes: CodeBatches, generator: torch
 
 
 def judge(
-    diffusion: Sequence[Trained],
-    raster: Sequence[Trained],
-    way: str,
-    raster_way: str,
+    diffusion: Sequence[TrainedInpainter],
+    raster: Sequence[TrainedInpainter],
     real: Tensor,
     *,
     resamples: int = 300,
@@ -185,40 +81,19 @@ def judge(
 
     Args:
         diffusion, raster: trainings of the VQ-DDM and of the raster-order transformer, as many of each.
-        way, raster_way: whose samples to take, names in Trained.samples.
         real: (M, D) features of held-out images.
         resamples, seed: of the bootstrap.
     """
-
-    def stacked(figure: Callable[[Trained], Tensor], trainings: Sequence[Trained]) -> Tensor:
-        return torch.stack([figure(training).double() for training in trainings])
-
-    def more(text: str, figure: Callable[[Trained], Tensor], other: Callable[[Trained], Tensor]) -> Claim:
-        """By figures (images,) of each training of which larger is better."""
-        d = stacked(figure, diffusion) - stacked(other, raster)
-        return bootstrap(text, lambda s, i: d[s][:, i].mean(), *d.shape, resamples, seed)
-
-    ours = stacked(lambda trained: trained.samples[way].features, diffusion)
-    theirs = stacked(lambda trained: trained.samples[raster_way].features, raster)
-
-    def nearer(s: Tensor, i: Tensor) -> Tensor:
-        distance = lambda features: np.mean([frechet_distance(features[k][i], real) for k in s.tolist()])
-        return torch.tensor(distance(theirs) - distance(ours))
-
-    def of(way: str, figure: str, sign: int = 1) -> Callable[[Trained], Tensor]:
-        return lambda trained: sign * getattr(trained.samples[way], figure)
-
-    claims = [
-        bootstrap("samples: nearer to real images (Frechet distance)", nearer, *ours.shape[:2], resamples, seed),
-        more("samples: show the class asked for more often", of(way, "right"), of(raster_way, "right")),
-        more("samples: take less time an image (seconds)", of(way, "seconds", -1), of(raster_way, "seconds", -1)),
-    ]
+    claims = judge_samples(diffusion, raster, real, resamples=resamples, seed=seed)
     for mask in diffusion[0].inpaintings:
-        for text, name in (
+        for text, figure in (
             ("higher PSNR (dB)", "psnr"),
             ("higher SSIM", "ssim"),
             ("true class read more often", "right"),
         ):
-            figure = partial(lambda trained, mask, name: getattr(trained.inpaintings[mask], name), mask=mask, name=name)
-            claims.append(more(f"inpainting, {mask}: {text}", figure, figure))
+            ours, theirs = (
+                torch.stack([getattr(one.inpaintings[mask], figure).double() for one in trainings])
+                for trainings in (diffusion, raster)
+            )
+            claims.append(bootstrap_of_mean(f"inpainting, {mask}: {text}", ours - theirs, resamples, seed))
     return claims

@@ -209,6 +209,16 @@ def test_a_sequence_yields_the_same_bits_alone_and_together(num_grains, threads)
 
 
 @torch.no_grad()
+def test_a_sequence_yields_the_same_in_training():
+    """Where they are computed together: the same to rounding."""
+    net = model(num_grains=3, dim=128, num_classes=3, class_dropout=0.1, dropout=0.0)
+    tokens = net.sequences(*images(net, 6), torch.tensor([0, 1, 2, -1, 0, 1]))
+    alone = net(tokens)
+    for one, among in zip(alone, net.train()(tokens), strict=True):
+        torch.testing.assert_close(among, one, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_no_token_sees_a_later_one():
     net = model()
     codes, grains = images(net, 3)

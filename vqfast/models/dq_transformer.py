@@ -105,8 +105,8 @@ class DQTransformer(nn.Module):
     Batches are mappings: "codes", (B, H, W) int64 on the finest grid, of which a coarser cell's first is read;
     "grains", (B, h, w) int64, 0 the coarsest; with classes also "label", (B,) int64.
 
-    Sequences are packed: none is padded, none sees another, and on a CPU each is computed alone, so that what it
-    yields has the same bits in any batch.
+    Sequences are packed: none is padded, none sees another. On a CPU in eval mode each is computed alone, so that what
+    it yields has the same bits in any batch; in training it has them to the rounding of a matrix product.
 
     Args:
         config: the model's make.
@@ -147,8 +147,9 @@ class DQTransformer(nn.Module):
 
     def forward(self, tokens: GrainSequences) -> tuple[Tensor, Tensor]:
         """Logits of the next position, (T, V_position), and of the next content given it, (T, V_content)."""
-        if tokens.content.device.type == "cpu":
-            # One by one: the bits of a matrix product's row depend on how many rows there are.
+        if tokens.content.device.type == "cpu" and not self.training:
+            # One by one: the bits of a matrix product's row depend on how many rows there are. Training, which sees but
+            # their sum, is near three times as fast together.
             parts = [self._logits(part, attend_causal) for part in tokens.split()]
             return tuple(torch.cat(logits) for logits in zip(*parts, strict=True))
         return self._logits(tokens, PackedAttention(tokens.cu_seqlens, tokens.max_length))

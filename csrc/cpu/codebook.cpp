@@ -8,6 +8,7 @@
 #include "convert.h"
 #include "dispatch.h"
 #include "gather.h"
+#include "pages.h"
 #include "vqfast.h"
 
 namespace vqfast {
@@ -204,6 +205,7 @@ extern "C" int vqfast_cpu_lookup(vqfast_dtype dtype, vqfast_rows x, int64_t D, c
   const Kernels &isa = kernels();
   const int64_t N = x.batch * x.rows, size = element_size(dtype), bytes = D * size;
   std::fill(counts, counts + K, 0);
+  prefer_large_pages(quantized, N * bytes);
   bool enough = true;
 #pragma omp parallel reduction(&& : enough) if (N * D > kParallelElements)
   {
@@ -241,6 +243,7 @@ extern "C" int vqfast_cpu_lookup_backward(vqfast_dtype dtype, vqfast_rows grad_q
   if (!known_dtype(dtype)) return VQFAST_BAD_DTYPE;
   const Kernels &isa = kernels();
   const int64_t N = x.batch * x.rows, size = element_size(dtype), bytes = D * size;
+  prefer_large_pages(grad_x, N * bytes);
   bool enough = true;
 #pragma omp parallel reduction(&& : enough) if (N * D > kParallelElements)
   {

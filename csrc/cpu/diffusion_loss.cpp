@@ -10,28 +10,12 @@
 #include "diffusion_chain.h"
 #include "diffusion_divergence.h"
 #include "dispatch.h"
+#include "pages.h"
 #include "score_passes.h"
 #include "vqfast.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 namespace vqfast {
 namespace {
-
-constexpr int64_t kStreamBytes = 4 << 20;  // a gradient larger than the second-level caches goes past them
-
-// A fresh tensor's pages are mapped one by one as they are first written, which takes longer than the arithmetic: with
-// pages of 2 MB there are 512 times fewer. A hint, for systems that give them on request only (Linux's "madvise").
-void prefer_large_pages([[maybe_unused]] void *data, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__)
-  const uintptr_t page = sysconf(_SC_PAGESIZE), begin = ((uintptr_t)data + page - 1) / page * page;
-  const uintptr_t end = ((uintptr_t)data + bytes) / page * page;
-  if (begin < end) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
-#endif
-}
 
 template <class Passes>
 struct Batch {
@@ -98,8 +82,8 @@ struct Batch {
 
   int run(vqfast_dtype dtype) const {
     const int64_t bytes = B * L * K * element_size(dtype), widest = Passes(dtype).padded(K);
-    const bool past_caches = bytes > kStreamBytes;
-    if (grad && past_caches) prefer_large_pages(grad, bytes);
+    const bool past_caches = bytes > kLargeResult;
+    if (grad) prefer_large_pages(grad, bytes);
     const Buffer<Real> table = buffer<Real>(chain.noise ? 2 * widest : 0);
     bool enough = (bool)table;
     Noise noise = {};

@@ -7,6 +7,7 @@
 #include "gather.h"
 #include "grain_grid.h"
 #include "grain_vectors.h"
+#include "pages.h"
 
 namespace vqfast {
 namespace {
@@ -58,6 +59,7 @@ extern "C" int vqfast_cpu_dynamic_lookup(vqfast_dtype dtype, vqfast_rows feature
                                          int64_t *counts) {
   const GrainGrid grid = {B, Hc, Wc, (int)num_grains};
   const Kernels &isa = kernels();
+  prefer_large_pages(quantized, B * grid.positions() * D * element_size(dtype));
   int code = VQFAST_OK;
   const bool known = with_element(dtype, [&](auto *type) {
     typedef std::remove_const_t<std::remove_pointer_t<decltype(type)>> T;
@@ -97,6 +99,7 @@ extern "C" int vqfast_cpu_dynamic_lookup_backward(vqfast_dtype dtype, vqfast_row
                                                   int64_t num_grains, void *grad_features) {
   const GrainGrid grid = {B, Hc, Wc, (int)num_grains};
   const Kernels &isa = kernels();
+  prefer_large_pages(grad_features, B * grid.positions() * D * element_size(dtype));
   int code = VQFAST_OK;
   const bool known = with_element(dtype, [&](auto *type) {
     typedef std::remove_const_t<std::remove_pointer_t<decltype(type)>> T;

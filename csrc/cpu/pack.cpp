@@ -8,6 +8,7 @@
 #include "dispatch.h"
 #include "grain_grid.h"
 #include "grain_vectors.h"
+#include "pages.h"
 #include "vqfast.h"
 
 namespace vqfast {
@@ -245,6 +246,7 @@ extern "C" int vqfast_cpu_pack(int64_t element_bytes, vqfast_rows values, int64_
     if (known != grid.cells()) return VQFAST_OUT_OF_RANGE;
     cu_seqlens[b + 1] = (int32_t)std::min(total, capacity);
   }
+  prefer_large_pages(packed, capacity * D * element_bytes);
   bool enough = true;
   const bool known = with_bytes(element_bytes, [&](auto *type) {
     typedef std::remove_pointer_t<decltype(type)> T;
@@ -270,6 +272,7 @@ extern "C" int vqfast_cpu_unpack(int64_t element_bytes, vqfast_rows packed, int6
                                  const int64_t *positions, const int64_t *grain_ids, const int64_t *grains, int64_t B,
                                  int64_t Hc, int64_t Wc, int64_t num_grains, int64_t replicate, void *out) {
   const GrainGrid grid = {B, Hc, Wc, (int)num_grains};
+  prefer_large_pages(out, B * grid.positions() * D * element_bytes);
   int code = VQFAST_OK;
   const bool known = with_bytes(element_bytes, [&](auto *type) {
     typedef std::remove_pointer_t<decltype(type)> T;
@@ -297,6 +300,7 @@ extern "C" int vqfast_cpu_unpack_backward(vqfast_dtype dtype, vqfast_rows grad, 
                                           const int64_t *grains, int64_t B, int64_t Hc, int64_t Wc, int64_t num_grains,
                                           void *grad_packed) {
   const GrainGrid grid = {B, Hc, Wc, (int)num_grains};
+  prefer_large_pages(grad_packed, T * D * element_size(dtype));
   int code = VQFAST_OK;
   const bool known = with_element(dtype, [&](auto *type) {
     typedef std::remove_const_t<std::remove_pointer_t<decltype(type)>> Element;

@@ -9,7 +9,6 @@ from math import isqrt
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from vqfast.kernels.transition_matmul.library import products_ahead
 from vqfast.ops.checks import describe
@@ -68,6 +67,13 @@ class MatrixTransition(Transition):
         """
         raise NotImplementedError
 
+    def codes_per_row(self, passes: int) -> float:
+        """K for each row up to which the matrices of a step are less work than `passes` times the rows to its start.
+
+        Measured on the CPU: kernels/matrix_loss/README.md.
+        """
+        raise NotImplementedError
+
     def last_rows(self) -> Tensor:
         """(K, K) float64: row k is q(x_T | x_0 = k)."""
         codes = torch.arange(self.codebook_size, device=self.device)[None]
@@ -120,6 +126,9 @@ class _Chain(MatrixTransition):
         self.stride = stride
         tables = steps, diagonal, *products_ahead(steps, diagonal, stride)
         super().__init__(K, T, tables, steps.device)
+
+    def codes_per_row(self, passes: int) -> float:
+        return 2 * passes
 
     def product(self, rows: Tensor, s: Tensor | None, t: Tensor, *, transpose: bool = False, span: int = 0) -> Tensor:
         return _Product.apply(rows, s, t, *self.tables_on(rows.device), self.stride, transpose, span)
@@ -264,16 +273,24 @@ class SymmetricRate(MatrixTransition):
         self.groups = int((~_decays(eigenvalues)).sum())
         super().__init__(rate.shape[0], times.numel() - 1, (times, eigenvalues, basis, -off.sum(1)), rate.device)
 
+    def codes_per_row(self, passes: int) -> float:
+        # A pass of rows is two products, however far; a matrix is one, of K rows, and a step has two of them.
+        return (1 + passes) / 2
+
     def product(self, rows: Tensor, s: Tensor | None, t: Tensor, *, transpose: bool = False, span: int = 0) -> Tensor:
         times, eigenvalues, basis, leaving = self.tables_on(rows.device)
         t = t.clamp(0, self.T)
         elapsed = (times[t] if s is None else times[t] - times[s.clamp(0, self.T)])[:, None, None]
-        codes = rows.dtype == torch.int64
-        given = one_hot(rows, self.codebook_size).double() if codes else rows.double()
-        spectrum = basis[rows] if codes else given @ basis
-        product = (spectrum * (elapsed * eigenvalues).exp()) @ basis.T
+        moved = elapsed > 0
+        decay = (elapsed * eigenvalues).exp() * moved
         # At least what never jumped, and that alone where no time has passed.
-        return torch.where(elapsed > 0, torch.maximum(product, (elapsed * leaving).exp() * given), given)
+        if rows.dtype == torch.int64:
+            product = (basis[rows].mul_(decay) @ basis.T).clamp_(min=0)
+            stays = (elapsed[..., 0] * leaving[rows]).exp()[..., None]
+            return product.scatter_(-1, rows[..., None], torch.maximum(product.gather(-1, rows[..., None]), stays))
+        given = rows.double()
+        product, stays = (given @ basis).mul_(decay) @ basis.T, (elapsed * leaving).exp() * given
+        return torch.where((product > stays) & moved, product, stays)
 
 
 def embedding_neighbours(embeddings: Tensor, neighbours: int) -> Tensor:

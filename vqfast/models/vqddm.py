@@ -24,7 +24,7 @@ from vqfast.diffusion import (
     schedule,
 )
 from vqfast.models.conditioning import batch_labels, check_guidance, flat_codes, known_codes, sampling_labels
-from vqfast.models.drawing import evaluating
+from vqfast.models.drawing import check_count, evaluating
 from vqfast.models.transformer import Transformer
 from vqfast.models.unet import UNet
 from vqfast.ops import neighbour_rate
@@ -292,12 +292,11 @@ class VQDDM(nn.Module):
             (n, H, W) int64.
 
         Raises:
-            TypeError, ValueError: labels missing, not wanted or out of range; steps not in 1..T; guidance of
-                a model trained without class_dropout; a grid smaller than the model's; decoding by confidence of a
-                model with another transition.
+            TypeError, ValueError: labels missing, not wanted or out of range; guidance without labels, or of a model
+                trained without class_dropout; temperature or filters out of range; steps not in 1..T; a grid smaller
+                than the model's; decoding by confidence of a model with another transition.
         """
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"n: expected a whole number, at least 1, got {n!r}")
+        check_count(n)
         return self._draw(
             n, None, labels, guidance_scale, grid=grid, decoding=decoding, choice_temperature=choice_temperature,
             steps=steps, temperature=temperature, top_k=top_k, top_p=top_p, batch_size=batch_size,
@@ -377,7 +376,7 @@ class VQDDM(nn.Module):
             self._flat(name, codes).to(self.device) for name, codes in (("first", first), ("second", second))
         )
         labels = self._labels(labels, len(first))
-        check_guidance(guidance_scale, self.config.num_classes, self.config.class_dropout)
+        check_guidance(guidance_scale, labels, self.config.num_classes, self.config.class_dropout)
         with evaluating(self):
             codes = interpolate(
                 self, first, second, self.diffusion.transition, level=level, weight=weight, rule=self.config.rule,
@@ -401,7 +400,7 @@ class VQDDM(nn.Module):
     ) -> Tensor:
         """(n, H, W) codes; known: (n, L) with -1 where to draw, None to draw all."""
         labels = self._labels(labels, n)
-        check_guidance(guidance_scale, self.config.num_classes, self.config.class_dropout)
+        check_guidance(guidance_scale, labels, self.config.num_classes, self.config.class_dropout)
         if decoding not in DECODINGS:
             raise ValueError(f"decoding: expected one of {', '.join(DECODINGS)}, got {decoding!r}")
         if decoding == "confidence" and self.config.transition != "absorbing":

@@ -18,16 +18,29 @@ Multiply = Callable[[Tensor, Tensor], Tensor]
 _WRITTEN_OUT = 1 << 25
 
 
+def _rows_to_make(chain_of_bands: bool, K: int) -> int:
+    """Of a product of symmetric bands half of the rows are the others, turned by half a turn: see `_all_rows`."""
+    return (K + 1) // 2 if chain_of_bands else K
+
+
+def _all_rows(made: Tensor) -> Tensor:
+    """(..., K, K) of the rows (..., `_rows_to_make`, K) of a product."""
+    K = made.shape[-1]
+    return made if made.shape[-2] == K else torch.cat([made, made[..., : K // 2, :].flip(-2, -1)], dim=-2)
+
+
 def products_ahead(steps: Tensor, diagonal: Tensor | None, stride: int) -> tuple[Tensor, Tensor]:
     """cumulative and blocks (T // stride, K, K) of the reference, all blocks at once and then one after another."""
     K, n = steps.shape[-1], steps.shape[0] // stride
-    blocks = torch.eye(K, dtype=steps.dtype, device=steps.device).repeat(n, 1, 1)
+    made = _rows_to_make(diagonal is not None, K)
+    blocks = torch.eye(made, K, dtype=steps.dtype, device=steps.device).repeat(n, 1, 1)
     for i in range(stride):
         at = slice(i, n * stride, stride)
         blocks = blocks @ step_matrix(steps[at], None if diagonal is None else diagonal[at])
+    blocks = _all_rows(blocks)
     cumulative = blocks.clone()
     for i in range(1, n):
-        torch.matmul(cumulative[i - 1], blocks[i], out=cumulative[i])
+        cumulative[i] = _all_rows(cumulative[i - 1, :made] @ blocks[i])
     return cumulative, blocks
 
 
@@ -51,11 +64,10 @@ def chain_matrices(
 ) -> Iterator[tuple[tuple[int, int], Tensor]]:
     """Each pair (s, t) with its Q_{s+1} ... Q_t (K, K).
 
-    A product whose factors begin with all of another's goes on from it. Of symmetric bands it is made for half of the
-    rows: turned by half a turn they are the others.
+    A product whose factors begin with all of another's goes on from it.
     """
     K = chain.steps.shape[-1]
-    half = K if chain.diagonal is None else (K + 1) // 2
+    made = _rows_to_make(chain.diagonal is not None, K)
     done: list[tuple[str, int]] = []
     product = torch.empty(0)
     for path, pair in sorted((list(factors(*pair, chain.stride, from_data)), pair) for pair in set(pairs)):
@@ -63,11 +75,11 @@ def chain_matrices(
             yield pair, chain.matrix(*path[0]) if path else torch.eye(K, dtype=chain.steps.dtype)
             continue
         if not done or path[: len(done)] != done:
-            done, product = path[:1], chain.matrix(*path[0])[:half]
+            done, product = path[:1], chain.matrix(*path[0])[:made]
         for factor in path[len(done) :]:
             product = multiply(product, chain.matrix(*factor))
         done = path
-        yield pair, product if half == K else torch.cat([product, product[: K // 2].flip(0, 1)])
+        yield pair, _all_rows(product)
 
 
 def by_samples(

@@ -1,6 +1,7 @@
 """How samples are asked for: by confidence, on larger grids, between two images, from the likeliest codes."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -8,7 +9,11 @@ import torch
 from PIL import Image
 
 from vqfast.cli import main
+from vqfast.cli.encoding import encode
+from vqfast.data import open_dataset
+from vqfast.models.vqddm import VQDDMConfig
 from vqfast.train import load_model
+from vqfast.train.hub import from_pretrained
 
 
 def run(command):
@@ -40,6 +45,9 @@ def sample(runs, tmp_path):
         ("--transition absorbing --schedule linear", "absorbing", "linear"),
         ("--transition mask_and_replace --mask-share 0.5", "mask_and_replace", "cosine"),
         ("--transition mask_and_replace --schedule vq_diffusion --rule marginal", "mask_and_replace", "vq_diffusion"),
+        ("--transition marginal --rule marginal", "marginal", "cosine"),
+        ("--transition gaussian --rule marginal", "gaussian", "cosine"),
+        ("--transition nearest --schedule linear --aux-weight 0.1", "nearest", "linear"),
     ],
 )
 def test_every_family_of_noise_is_trained(runs, images, tmp_path, options, transition, schedule):
@@ -52,6 +60,73 @@ def test_every_family_of_noise_is_trained(runs, images, tmp_path, options, trans
     assert config.rule == ("marginal" if "--rule" in options else "joint")
     assert config.mask_share == (0.5 if "--mask-share" in options else 0.9)
     assert run(f"sample {tmp_path}/run -n 2 --steps 2 --out {tmp_path}/out --device cpu") == 0
+
+
+@pytest.fixture(scope="module", params=["marginal", "gaussian", "nearest"])
+def noisy(request, runs, images, tmp_path_factory):
+    """A run of a family whose tables come of the data or the codebook, its command, and the family."""
+    out = tmp_path_factory.mktemp(request.param) / "run"
+    command = (
+        f"train vqddm --vqvae {runs}/vqvae --data {images} --out {out} --transition {request.param} --neighbours 3 "
+        "--denoiser transformer --dim 16 --depth 1 --heads 2 --timesteps 10 --batch-size 8 --device cpu "
+        "--no-tensorboard"
+    )
+    assert run(f"{command} --steps 2") == 0
+    return out, command, request.param
+
+
+def test_the_tables_of_the_noise_come_with_the_run(noisy, images):
+    out, command, family = noisy
+    assert run(f"{command} --steps 3 --resume") == 0
+    config = load_model(out, "vqddm").config
+    assert config == VQDDMConfig(**json.loads(json.dumps(asdict(config))))
+    autoencoder = load_model(out / "vqvae", "vqvae")
+    K = autoencoder.config.codebook_size
+    if family == "marginal":
+        counts = torch.bincount(encode(autoencoder, open_dataset(str(images)), "train").flatten(), minlength=K)
+        assert config.marginal == pytest.approx(((counts + 1) / (counts + 1).sum()).tolist())
+        assert min(config.marginal) > 0 and len(set(config.marginal)) > 1
+    if family == "gaussian":
+        assert config.betas == (0.01, 2.0)  # D3PM's 1e-4 and 0.02 of 1000 levels
+    if family == "nearest":
+        distance = torch.cdist(*[autoencoder.quantizer.codebook] * 2).fill_diagonal_(torch.inf)
+        assert config.nearest == tuple(map(tuple, distance.topk(3, largest=False).indices.tolist()))
+    described = json.loads((out / "run.json").read_text())["model"]
+    assert described["transition"] == family and not {"marginal", "nearest"} & set(described)
+
+
+def test_every_use_of_a_model_takes_every_family(noisy, images, tmp_path):
+    out, _, family = noisy
+    few = "--steps 3 --device cpu"
+    assert run(f"sample {out} -n 2 --grid 6 5 --top-p 0.9 {few} --out {tmp_path}/sample") == 0
+    assert np.load(tmp_path / "sample" / "samples.npz")["codes"].shape == (2, 6, 5)
+    assert run(f"inpaint {out} --data {images} -n 2 --variations 1 {few} --out {tmp_path}/inpaint") == 0
+    assert run(f"interpolate {out} --data {images} -n 1 --frames 1 {few} --out {tmp_path}/interpolate") == 0
+    assert run(f"evaluate {out} --data {images} -n 2 --bits-n 2 {few} --out {tmp_path}/evaluate") == 0
+    bits = json.loads((tmp_path / "evaluate" / "metrics.json").read_text())["bits_per_dim"]
+    assert 0 < bits < 20
+    assert run(f"report {out}") == 0
+    assert run(f"share {out} --out {tmp_path}/shared --checkpoint last") == 0
+    assert from_pretrained(tmp_path / "shared").config == load_model(out, "vqddm").config
+    numbers = {"marginal": "16 values", "gaussian": "None", "nearest": "16 values"}[family]
+    assert (
+        f"| {'nearest' if family == 'nearest' else 'marginal'} | {numbers} |"
+        in (tmp_path / "shared" / "README.md").read_text()
+    )
+
+
+def test_what_a_family_cannot_do_is_one_line(noisy, tmp_path, refused):
+    out, command, family = noisy
+    said = refused(f"sample {out} --decoding confidence --out {tmp_path}/out --device cpu", out)
+    assert f"decoding: 'confidence' needs the transition 'absorbing', this model has '{family}'" in said
+    if family == "nearest":
+        assert "was started with model neighbours = 3, now it is 4" in refused(
+            f"{command} --resume --neighbours 4 --steps 3", out
+        )
+    if family == "gaussian":
+        assert "was started with model betas = [0.01, 2.0], now it is (0.1, 1.0)" in refused(
+            f"{command} --resume --betas 0.1 1 --steps 3", out
+        )
 
 
 def test_every_option_of_the_loss_is_trained_with(runs, images, tmp_path):
@@ -151,6 +226,18 @@ def test_interpolation_goes_from_one_image_to_the_other(runs, images, tmp_path):
         (
             "train vqddm --vqvae {runs}/vqvae --data {images} --transition mask_and_replace --mask-share 2",
             "mask_share: expected a share in 0..1",
+        ),
+        (
+            "train vqddm --vqvae {runs}/vqvae --data {images} --transition gaussian --betas 0 1",
+            "betas: expected two numbers above 0",
+        ),
+        (
+            "train vqddm --vqvae {runs}/vqvae --data {images} --transition nearest --neighbours 16",
+            "neighbours: expected a whole number in 1..15 (K = 16), got 16",
+        ),
+        (
+            "train vqddm --vqvae {runs}/vqvae --data {images} --transition nearest --rule marginal",
+            "rule: expected 'joint' for the transition 'nearest', got 'marginal'",
         ),
     ],
 )

@@ -7,16 +7,18 @@ import pytest
 import torch
 
 from vqfast.models.unet import UNet
-from vqfast.models.vqddm import VQDDM, VQDDMConfig
-from vqfast.ops import Absorbing, Gaussian, Marginal, MaskAndReplace, Uniform
+from vqfast.models.vqddm import VQDDM, VQDDMConfig, smoothed_frequencies
+from vqfast.ops import Absorbing, Gaussian, Marginal, MaskAndReplace, SymmetricRate, Uniform, embedding_neighbours
 
 K, T = 8, 12
+NEAREST = embedding_neighbours(torch.randn(K, 3, generator=torch.Generator().manual_seed(0)), 3).tolist()
 FAMILIES = {
     "uniform": (Uniform, dict()),
     "absorbing": (Absorbing, dict(schedule="reciprocal")),
     "mask_and_replace": (MaskAndReplace, dict(rule="marginal", schedule="vq_diffusion")),
     "marginal": (Marginal, dict(marginal=(0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1, 0.0))),
     "gaussian": (Gaussian, dict(betas=(0.1, 2.0))),
+    "nearest": (SymmetricRate, dict(neighbours=3, nearest=NEAREST)),
 }
 # Eight patterns among 4096 grids: runs of four codes.
 PATTERNS = (torch.arange(K)[:, None] + torch.arange(4)) % K
@@ -96,11 +98,47 @@ def test_uniform_noise_has_the_published_number_of_parameters():
         (dict(transition="gaussian", betas=(0.0, 1.0)), "betas: expected two numbers above 0"),
         (dict(transition="marginal"), "marginal: expected 8 probabilities"),
         (dict(transition="mask_and_replace", mask_share=1.5), "mask_share: expected a share in 0..1"),
+        (dict(transition="nearest"), r"neighbours: expected 1..7 \(codebook_size = 8\), got None"),
+        (dict(transition="nearest", neighbours=8), r"neighbours: expected 1..7 \(codebook_size = 8\), got 8"),
+        (dict(transition="nearest", neighbours=3), "nearest: expected 3 other codes of each of 8 .*, got None"),
+        (dict(transition="nearest", neighbours=3, nearest=NEAREST[:5]), "nearest: expected .*, got those of 5"),
+        (dict(transition="nearest", neighbours=2, nearest=NEAREST), r"nearest: expected 2 .*, got \[.*\] of code 0"),
+        (
+            dict(transition="nearest", neighbours=3, nearest=[*NEAREST[:7], (7, 1, 2)]),
+            r"nearest: expected 3 other codes .*, got \[7, 1, 2\] of code 7",
+        ),
+        (dict(FAMILIES["nearest"][1], transition="nearest", rule="marginal"), "rule: expected 'joint' for the transit"),
     ],
 )
 def test_what_does_not_fit_is_named(options, words):
     with pytest.raises(ValueError, match=words):
         VQDDMConfig(codebook_size=K, grid=(2, 2), **options)
+
+
+def test_codes_must_not_fall_into_groups():
+    pairs = [(code ^ 1,) for code in range(K)]
+    with pytest.raises(ValueError, match="neighbours: 1 of each code leave 4 groups of codes that no noise connects"):
+        VQDDM(config("nearest", neighbours=1, nearest=pairs))
+
+
+def test_no_smoothed_frequency_is_0():
+    assert smoothed_frequencies(torch.tensor([5, 0, 1])) == (6 / 9, 1 / 9, 2 / 9)
+
+
+@pytest.mark.parametrize("options", [dict(weighting="reweighted"), dict(aux_weight=0.1, aux_schedule="adaptive")])
+@pytest.mark.parametrize("family", ["marginal", "gaussian", "nearest"])
+def test_every_loss_goes_with_every_family(family, options):
+    torch.manual_seed(0)
+    model = VQDDM(config(family, parameterisation="residual", **options))
+    model.training_step({"codes": torch.randint(K, (6, 2, 2), generator=seeded())})["loss"].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_gaussian_noise_takes_the_marginal_rule():
+    torch.manual_seed(0)
+    model = VQDDM(config("gaussian", rule="marginal"))
+    assert model.training_step({"codes": torch.randint(K, (6, 2, 2), generator=seeded())})["loss"].isfinite()
+    assert model.sample(3, steps=3, generator=seeded()).max() < K
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import vqfast
-from vqfast.diffusion.schedules import gaussian_betas
+from vqfast.diffusion.schedules import gaussian_betas, schedule
 from vqfast.kernels.transition_matmul.library import factors
 from vqfast.ops import (
     Absorbing,
@@ -30,6 +30,7 @@ BACKENDS = [b for b in ("cpu", "reference") if registry.status("cpu")[b] is None
 K, T = 5, 7
 BETAS = torch.tensor([0.02, 0.3, 0.05, 0.6, 1.5, 0.2, 3.0], dtype=torch.float64)
 TIMES = torch.tensor([0.0, 0.1, 0.25, 0.25, 0.6, 1.5, 2.0, 6.0], dtype=torch.float64)
+COSINE = schedule("cosine", T)
 STEPS = [(1, 0), (5, 2), (7, 6), (7, 1)]
 
 
@@ -369,6 +370,37 @@ class TestOps:
         assert len(set(compiled)) == 1
 
 
+class TestTimesLikeUniform:
+    def every_row(self, transition: Transition, t: int) -> torch.Tensor:
+        return transition_matmul(torch.eye(transition.codebook_size, dtype=torch.float64)[None], t, transition)[0]
+
+    def test_jumps_to_any_code_are_uniform_noise(self):
+        anywhere = torch.ones(K, K, dtype=torch.float64) - K * torch.eye(K, dtype=torch.float64)
+        family, uniform = SymmetricRate(anywhere, alpha_bar=COSINE), Uniform(K, COSINE)
+        for t in range(T + 1):
+            expected = COSINE[t] * torch.eye(K, dtype=torch.float64) + (1 - COSINE[t]) / K
+            torch.testing.assert_close(self.every_row(family, t), expected, rtol=0, atol=1e-11)
+            torch.testing.assert_close(transition_matmul(torch.eye(K).double()[None], t, uniform)[0], expected)
+
+    def test_a_token_is_what_it_was_as_often_as_under_uniform_noise(self):
+        codebook = torch.randn(40, 3, generator=seeded(), dtype=torch.float64)
+        family = Nearest(codebook, 5, alpha_bar=COSINE)
+        assert family.groups == 1
+        stays = [self.every_row(family, t).diagonal().mean().item() for t in range(T + 1)]
+        assert stays == pytest.approx((COSINE + (1 - COSINE) / 40).tolist(), abs=1e-11)
+        assert prior_kl(family).max() < 1e-9
+
+    def test_groups_that_no_token_leaves_are_counted_and_mix_each_for_itself(self):
+        near = torch.randn(12, 3, generator=seeded(), dtype=torch.float64)
+        family = Nearest(torch.cat([near[:8], near[8:] + 100]), 3, alpha_bar=COSINE)
+        assert family.groups == 2
+        expected = torch.block_diag(torch.full((8, 8), 1 / 8), torch.full((4, 4), 1 / 4)).double()
+        torch.testing.assert_close(self.every_row(family, T), expected, rtol=0, atol=1e-7)
+
+    def test_one_code(self):
+        assert self.every_row(SymmetricRate(torch.zeros(1, 1), alpha_bar=COSINE), T).tolist() == [[1.0]]
+
+
 class TestErrors:
     codes = torch.zeros(2, 3, dtype=torch.int64)
 
@@ -387,6 +419,9 @@ class TestErrors:
             (lambda: SymmetricRate(MATRICES[0], TIMES), ValueError, "rate: expected a symmetric matrix"),
             (lambda: SymmetricRate(rate(), TIMES + 1), ValueError, "times: expected 0 at level 0"),
             (lambda: SymmetricRate(rate(), TIMES[:1]), ValueError, r"times: expected shape \(T \+ 1,\)"),
+            (lambda: SymmetricRate(rate()), TypeError, "times, alpha_bar: expected one of them, got none"),
+            (lambda: SymmetricRate(rate(), TIMES, alpha_bar=COSINE), TypeError, "times, alpha_bar: .* got both"),
+            (lambda: SymmetricRate(rate(), alpha_bar=TIMES), ValueError, "alpha_bar: expected 1 at level 0"),
             (lambda: Nearest(EMBEDDINGS, 5, TIMES), ValueError, r"neighbours: expected a whole number in 1..4 \(K = 5"),
             (lambda: Nearest(EMBEDDINGS * torch.nan, 2, TIMES), ValueError, "embeddings: expected finite values"),
         ],

@@ -38,7 +38,7 @@ def backend(request):
 def rows_through_the_chain() -> Iterator[None]:
     """As with a codebook too large for matrices."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matrix_diffusion, "_CODES_PER_ROW", 0)
+        patch.setattr(matrix_diffusion, "_makes_matrices", lambda *_: False)
         yield
 
 
@@ -80,6 +80,31 @@ def test_a_seed_gives_the_tokens_of_rows_sent_through_the_chain(name, rule, leve
     with rows_through_the_chain():
         assert torch.equal(fused, run())
     assert ((fused >= 0) & (fused < K)).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "draws", "with_gradient"),
+    [
+        ("dense", 4, False, True),
+        ("dense", 6, False, False),
+        ("gaussian", 11, True, False),
+        ("nearest", 11, False, True),
+    ],
+)
+def test_matrices_are_made_for_as_few_rows_as_pay_for_them(monkeypatch, name, length, draws, with_gradient):
+    """K = 21 codes: up to 2 a row and pass through a chain, 2 a row in all where rows take two products."""
+    made = []
+    monkeypatch.setattr(matrix_diffusion, "_matrix_loss", lambda *_: made.append(True) or (loss, loss))
+    monkeypatch.setattr(matrix_diffusion, "_matrix_sample", lambda *_: made.append(True) or x0)
+    for tokens_of_sample in (length, length - 1):
+        x0, loss = torch.zeros(2, tokens_of_sample, dtype=torch.int64), torch.zeros(2, tokens_of_sample)
+        logits = torch.zeros(2, tokens_of_sample, K, requires_grad=with_gradient)
+        t = torch.tensor([4, 9])
+        if draws:
+            p_sample(logits, x0, t, t - 1, FAMILIES[name], generator=G(0))
+        else:
+            diffusion_loss(logits, x0, x0, t, FAMILIES[name])
+        assert len(made) == 1
 
 
 def test_levels_as_a_number_or_as_a_tensor_give_the_same_bits(backend):

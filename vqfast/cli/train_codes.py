@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from vqfast.cli.options import Training
 from vqfast.cli.training import AUTOENCODER, start, train_on_codes
-from vqfast.models.autoencoder import AutoencoderConfig
+from vqfast.data import CodeBatches
+from vqfast.models.autoencoder import Autoencoder
+from vqfast.models.dqvae import DQVAE
 
 
 @dataclass(kw_only=True)
@@ -16,6 +18,9 @@ class CodeTraining(Training):
 
     source: ClassVar[str] = AUTOENCODER  # also the folder of the autoencoder's copy in the run, which stands alone
 
+    derived: ClassVar[tuple[str, ...]] = ()
+    """Settings of the model that come of the autoencoder and its codes: checkpoints have them, run.json does not."""
+
     data: str
     """Images to model: see vqfast train vqvae."""
     unconditional: bool = False
@@ -23,9 +28,13 @@ class CodeTraining(Training):
     class_dropout: float = 0.1
     """Share of labels hidden in training, which --guidance and sampling without a class need."""
 
-    def model(self, autoencoder: AutoencoderConfig, num_classes: int | None) -> nn.Module:
-        """The model to train on the codes of such an autoencoder."""
+    def model(self, autoencoder: Autoencoder | DQVAE, num_classes: int | None) -> nn.Module:
+        """The model to train on the codes of an autoencoder."""
         raise NotImplementedError
+
+    def fitted(self, model: nn.Module, codes: CodeBatches) -> nn.Module:
+        """The model once its codes are there: another, where its configuration depends on them."""
+        return model
 
     def draw(self, model: nn.Module, n: int, labels: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
         """Codes of n samples to look at during training, with their grains where they vary in number."""

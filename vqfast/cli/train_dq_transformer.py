@@ -8,7 +8,7 @@ from vqfast.cli.options import config_from
 from vqfast.cli.train_codes import CodeTraining
 from vqfast.cli.training import DYNAMIC_AUTOENCODER
 from vqfast.models.dq_transformer import DQTransformer, DQTransformerConfig
-from vqfast.models.dqvae import DQVAEConfig
+from vqfast.models.dqvae import DQVAE
 from vqfast.train import TrainConfig
 
 
@@ -35,13 +35,14 @@ class TrainDQTransformer(CodeTraining):
     """Of embeddings, and of what attention and MLP add."""
     training: TrainConfig = field(default_factory=lambda: TrainConfig(lr=5e-4, beta2=0.95))
 
-    def model(self, autoencoder: DQVAEConfig, num_classes: int | None) -> DQTransformer:
+    def model(self, autoencoder: DQVAE, num_classes: int | None) -> DQTransformer:
+        c = autoencoder.config
         config = config_from(
             self,
             DQTransformerConfig,
-            codebook_size=autoencoder.codebook_size,
-            grid=(autoencoder.fine_grid_size,) * 2,
-            num_grains=autoencoder.grains,
+            codebook_size=c.codebook_size,
+            grid=(c.fine_grid_size,) * 2,
+            num_grains=c.grains,
             max_length=None,
             num_classes=num_classes,
         )

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from vqfast.cli.options import config_from
 from vqfast.cli.train_codes import CodeTraining
-from vqfast.models.autoencoder import AutoencoderConfig
+from vqfast.models.autoencoder import Autoencoder
 from vqfast.models.raster_gpt import RasterGPT, RasterGPTConfig
 from vqfast.train import TrainConfig
 
@@ -29,8 +29,8 @@ class TrainRasterGPT(CodeTraining):
     """Of embeddings, and of what attention and MLP add."""
     training: TrainConfig = field(default_factory=lambda: TrainConfig(lr=5e-4, beta2=0.95))
 
-    def model(self, autoencoder: AutoencoderConfig, num_classes: int | None) -> RasterGPT:
-        K, size = autoencoder.codebook_size, autoencoder.grid_size
+    def model(self, autoencoder: Autoencoder, num_classes: int | None) -> RasterGPT:
+        K, size = autoencoder.config.codebook_size, autoencoder.config.grid_size
         return RasterGPT(
             config_from(self, RasterGPTConfig, codebook_size=K, grid=(size, size), num_classes=num_classes)
         )

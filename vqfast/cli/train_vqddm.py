@@ -1,16 +1,20 @@
 """`vqfast train vqddm`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
+from vqfast.cli.encoding import BATCH
 from vqfast.cli.options import config_from
 from vqfast.cli.sizes import halvings
 from vqfast.cli.train_codes import CodeTraining
-from vqfast.models.autoencoder import AutoencoderConfig
-from vqfast.models.vqddm import VQDDM, VQDDMConfig
+from vqfast.data import CodeBatches
+from vqfast.models.autoencoder import Autoencoder
+from vqfast.models.vqddm import VQDDM, VQDDMConfig, smoothed_frequencies
+from vqfast.ops import embedding_neighbours
 from vqfast.train import TrainConfig
 
 PREVIEW_STEPS = 50  # denoising steps of the samples that are drawn during training
@@ -21,6 +25,7 @@ class TrainVQDDM(CodeTraining):
     """Train a VQ-DDM: discrete diffusion on the codes that a trained VQ-VAE gives to images."""
 
     command: ClassVar[str] = "train vqddm"
+    derived: ClassVar[tuple[str, ...]] = ("marginal", "nearest")
 
     vqvae: Path
     """Run of the VQ-VAE or VQGAN."""
@@ -36,12 +41,17 @@ class TrainVQDDM(CodeTraining):
     """Transformer: attention heads."""
     timesteps: int = 1000
     """Noise levels T."""
-    transition: Literal["uniform", "absorbing", "mask_and_replace"] = "uniform"
-    """What noise does to a code: puts any other in its place, hides it, or some of both."""
+    transition: Literal["uniform", "absorbing", "mask_and_replace", "marginal", "gaussian", "nearest"] = "uniform"
+    """What noise does to a code: puts any other in its place, hides it, or some of both; puts others in its place as
+    often as images have them (marginal), those close in number (gaussian), or those close in the codebook (nearest)."""
     schedule: Literal["cosine", "cosine_released", "linear", "reciprocal", "vq_diffusion"] = "cosine"
     """How the noise grows with the level. vq_diffusion: of mask_and_replace, as that paper's code has it."""
     mask_share: float = 0.9
     """mask_and_replace: share of the noise that hides."""
+    betas: tuple[float, float] | None = None
+    """gaussian, in place of --schedule: width of the first and the last step. Default: 0.1 and 20, over T."""
+    neighbours: int = 8
+    """nearest: how many codes close to it each code has."""
     rule: Literal["joint", "marginal"] = "joint"
     """Of the reverse step, in training and sampling: D3PM's and multinomial diffusion's, or VQ-Diffusion's."""
     aux_weight: float = 0.0
@@ -56,18 +66,40 @@ class TrainVQDDM(CodeTraining):
     """How levels are drawn: those of large loss more often, or each alike."""
     training: TrainConfig = field(default_factory=lambda: TrainConfig(ema_decay=0.999))
 
-    def model(self, autoencoder: AutoencoderConfig, num_classes: int | None) -> VQDDM:
-        size = autoencoder.grid_size
+    def model(self, autoencoder: Autoencoder, num_classes: int | None) -> VQDDM:
+        size = autoencoder.config.grid_size
         config = config_from(
             self,
             VQDDMConfig,
-            codebook_size=autoencoder.codebook_size,
+            codebook_size=autoencoder.config.codebook_size,
             grid=(size, size),
             mults=self.mults or halvings(size),
             T=self.timesteps,
             num_classes=num_classes,
+            **self._noise(autoencoder),
         )
         return VQDDM(config)
+
+    def _noise(self, autoencoder: Autoencoder) -> dict[str, Any]:
+        """What the configuration says of the family chosen."""
+        K, T = autoencoder.config.codebook_size, self.timesteps
+        settings: dict[str, Any] = {"betas": VQDDMConfig.betas, "neighbours": None}
+        if self.transition == "marginal":
+            settings["marginal"] = (1 / K,) * K  # until the codes are there
+        if self.transition == "gaussian":
+            settings["betas"] = self.betas or (0.1 / T, 20 / T)
+        if self.transition == "nearest":
+            nearest = embedding_neighbours(autoencoder.quantizer.codebook, self.neighbours)
+            settings |= {"neighbours": self.neighbours, "nearest": nearest.tolist()}
+        return settings
+
+    def fitted(self, model: VQDDM, codes: CodeBatches) -> VQDDM:
+        if self.transition != "marginal":
+            return model
+        K = model.config.codebook_size
+        parts = torch.arange(len(codes)).split(BATCH)
+        counts = sum(torch.bincount(codes[part.numpy()]["codes"].flatten(), minlength=K) for part in parts)
+        return VQDDM(replace(model.config, marginal=smoothed_frequencies(counts)))
 
     def draw(self, model: VQDDM, n: int, labels: Tensor | None) -> Tensor:
         return model.sample(n, labels, steps=min(model.config.T, PREVIEW_STEPS))

@@ -129,10 +129,10 @@ def train_on_codes(command: Training, processes: PartialState) -> nn.Module:
     data = images_for(command.data, autoencoder)
     conditional = data.labels is not None and not command.unconditional
     torch.manual_seed(command.training.seed)
-    model = command.model(autoencoder.config, len(data.classes) if conditional else None)
+    model = command.model(autoencoder, len(data.classes) if conditional else None)
     weights = newest_checkpoint(source).path
     info = {
-        "model": asdict(model.config),
+        "model": {name: v for name, v in asdict(model.config).items() if name not in command.derived},
         "data": describe(data),
         command.source: {"weights": checksum(weights)},
         "training": asdict(command.training),
@@ -141,6 +141,7 @@ def train_on_codes(command: Training, processes: PartialState) -> nn.Module:
     if processes.is_main_process:
         copy_autoencoder(source, weights, command.out / command.source)
     codes, held_out = latents(command, autoencoder, weights, data, processes)
+    model = command.fitted(model, codes)
 
     def pictures(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Held-out images as their codes show them, and as many samples of the same classes."""

@@ -142,12 +142,16 @@ def sampling_labels(
     return labels.to(device)
 
 
-def check_guidance(scale: float, num_classes: int | None, class_dropout: float) -> None:
-    """Raise ValueError where guidance is asked of a model that cannot tell a class from none."""
-    if scale != 1.0 and (num_classes is None or class_dropout == 0):
+def check_guidance(scale: float, labels: Tensor | None, num_classes: int | None, class_dropout: float) -> None:
+    """Raise ValueError where guidance is asked of a model that cannot tell a class from none, or to no class."""
+    if scale == 1.0:
+        return
+    if num_classes is None or class_dropout == 0:
         raise ValueError(
             f"guidance_scale: expected 1 for a model trained without classes or without class_dropout, got {scale}"
         )
+    if labels is None:
+        raise ValueError(f"labels: guidance_scale = {scale} needs labels, got None")
 
 
 class ClassEmbedding(nn.Module):

@@ -259,11 +259,11 @@ class DQTransformer(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        guidance_scale: float = 1.0,
         position_temperature: float = 1.0,
         position_top_k: int | None = None,
         position_top_p: float | None = None,
         derive_finest: bool = False,
-        guidance_scale: float = 1.0,
         batch_size: int | None = None,
         generator: torch.Generator | None = None,
         progress: bool = False,
@@ -273,11 +273,12 @@ class DQTransformer(nn.Module):
         Args:
             n: how many, at least 1.
             labels: (n,) int64 classes, or one class for all; None draws without a class.
-            temperature, top_k, top_p: of the contents, see `vqfast.nn.sampling_filters.draw`.
-            position_temperature, position_top_k, position_top_p: of the positions.
+            temperature: divides the logits of the contents.
+            top_k, top_p: draw among the most likely contents only, see vqfast.nn.sampling_filters.filter_logits.
+            guidance_scale: strength of classifier-free guidance, of positions and contents; 1 is none.
+            position_temperature, position_top_k, position_top_p: the same of the positions.
             derive_finest: take what no coarser grain has taken, in the order of training, as the finest grain's
                 positions, instead of drawing them.
-            guidance_scale: strength of classifier-free guidance, of positions and contents; 1 is none.
             batch_size: images at a time; None takes all n at once.
             generator: source of the random numbers.
             progress: show a bar.
@@ -287,15 +288,15 @@ class DQTransformer(nn.Module):
             (n, h, w) int64.
 
         Raises:
-            TypeError, ValueError: labels missing, not wanted or out of range; guidance of a model trained without
-                class_dropout; filters out of range.
+            TypeError, ValueError: labels missing, not wanted or out of range; guidance without labels, or of a model
+                trained without class_dropout; temperature or filters out of range.
         """
         c = self.config
         parts = batches(n, batch_size)
-        check_guidance(guidance_scale, c.num_classes, c.class_dropout)
         content = DrawOptions(temperature, top_k, top_p)
         position = DrawOptions(position_temperature, position_top_k, position_top_p, prefix="position_")
         labels = sampling_labels(labels, n, c.num_classes, c.class_dropout, self.device)
+        check_guidance(guidance_scale, labels, c.num_classes, c.class_dropout)
         starts = self.start_of(labels, n)
         # Guidance needs each image twice: with its class, and with none.
         none = self.start_of(None, n) if guidance_scale != 1.0 else None

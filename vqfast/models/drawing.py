@@ -18,14 +18,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def check_count(n: int) -> None:
+    """Raise ValueError unless n is a number of samples: whole, and at least 1."""
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"n: expected a whole number, at least 1, got {n!r}")
+
+
 def batches(n: int, batch_size: int | None) -> list[slice]:
     """Parts of n samples, `batch_size` at a time; None takes all at once.
 
     Raises:
         ValueError: n or batch_size is not a whole number of at least 1.
     """
-    if not isinstance(n, int) or n < 1:
-        raise ValueError(f"n: expected a whole number, at least 1, got {n!r}")
+    check_count(n)
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"batch_size: expected at least 1, or None, got {batch_size!r}")
     size = batch_size or n

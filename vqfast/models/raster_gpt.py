@@ -142,7 +142,8 @@ class RasterGPT(nn.Module):
         Args:
             n: how many, at least 1.
             labels: (n,) int64 classes, or one class for all; None draws without a class.
-            temperature, top_k, top_p: see `vqfast.nn.sampling_filters.draw`.
+            temperature: divides the logits.
+            top_k, top_p: draw among the most likely codes only, see vqfast.nn.sampling_filters.filter_logits.
             guidance_scale: strength of classifier-free guidance; 1 is none.
             batch_size: grids at a time; None takes all n at once.
             generator: source of the random numbers.
@@ -152,8 +153,8 @@ class RasterGPT(nn.Module):
             (n, H, W) int64.
 
         Raises:
-            TypeError, ValueError: labels missing, not wanted or out of range; guidance of a model trained without
-                class_dropout; filters out of range.
+            TypeError, ValueError: labels missing, not wanted or out of range; guidance without labels, or of a model
+                trained without class_dropout; temperature or filters out of range.
         """
         return self._draw(
             n, None, labels, batch_size, guidance_scale, DrawOptions(temperature, top_k, top_p), generator, progress
@@ -198,8 +199,8 @@ class RasterGPT(nn.Module):
         """(n, H, W) codes; known: (n, L) with -1 where to draw, None to draw all."""
         c = self.config
         parts = batches(n, batch_size)
-        check_guidance(guidance_scale, c.num_classes, c.class_dropout)
         labels = sampling_labels(labels, n, c.num_classes, c.class_dropout, self.device)
+        check_guidance(guidance_scale, labels, c.num_classes, c.class_dropout)
         drawn = []
         with evaluating(self):
             for rows in parts:

@@ -12,6 +12,7 @@ from vqfast.diffusion import (
     Gaussian,
     Marginal,
     MaskAndReplace,
+    SymmetricRate,
     Transition,
     Uniform,
     WindowedDenoiser,
@@ -23,12 +24,13 @@ from vqfast.diffusion import (
     schedule,
 )
 from vqfast.models.conditioning import batch_labels, check_guidance, flat_codes, known_codes, sampling_labels
-from vqfast.models.drawing import evaluating
+from vqfast.models.drawing import check_count, evaluating
 from vqfast.models.transformer import Transformer
 from vqfast.models.unet import UNet
+from vqfast.ops import neighbour_rate
 
 DENOISERS = ("unet", "transformer")
-TRANSITIONS = ("uniform", "absorbing", "mask_and_replace", "marginal", "gaussian")
+TRANSITIONS = ("uniform", "absorbing", "mask_and_replace", "marginal", "gaussian", "nearest")
 DECODINGS = ("chain", "confidence")
 
 
@@ -43,8 +45,10 @@ class VQDDMConfig:
     transition: family of the forward chain, one of TRANSITIONS, see vqfast.ops. T, schedule: its tables, see
         vqfast.diffusion.schedules; for "mask_and_replace" also "vq_diffusion", the tables of that paper's code.
     mask_share: for "mask_and_replace", which share of the noise is the mask state. marginal: for "marginal", the K
-        probabilities of the noise. betas: for "gaussian", in place of schedule, the first and the last width of a
-        step, see vqfast.diffusion.gaussian_betas.
+        probabilities of the noise, such as `smoothed_frequencies` of the training codes. betas: for "gaussian", in
+        place of schedule, the first and the last width of a step, see vqfast.diffusion.gaussian_betas. neighbours,
+        nearest: for "nearest", how many neighbours a code has, and which: (K, neighbours) code numbers, such as
+        vqfast.ops.embedding_neighbours(codebook, neighbours).tolist(). Not with the rule "marginal".
     num_classes: None for an unconditional model. class_dropout: share of labels dropped in training, which
         guidance and unconditional samples need.
     rule, parameterisation, aux_weight, aux_schedule, time_sampling, weighting: see vqfast.diffusion.DiscreteDiffusion.
@@ -63,6 +67,8 @@ class VQDDMConfig:
     mask_share: float = 0.9
     marginal: tuple[float, ...] | None = None
     betas: tuple[float, float] = (1e-4, 0.02)
+    neighbours: int | None = None
+    nearest: tuple[tuple[int, ...], ...] | None = None
     num_classes: int | None = None
     class_dropout: float = 0.1
     rule: str = "joint"
@@ -92,6 +98,35 @@ class VQDDMConfig:
                 f"marginal: expected {self.codebook_size} probabilities for the transition 'marginal', "
                 f"got {None if self.marginal is None else len(self.marginal)}"
             )
+        if self.nearest is not None:
+            self.nearest = tuple(tuple(codes) for codes in self.nearest)
+        if self.transition == "nearest":
+            self._check_nearest()
+
+    def _check_nearest(self) -> None:
+        K, n = self.codebook_size, self.neighbours
+        if self.rule == "marginal":
+            raise ValueError(
+                "rule: expected 'joint' for the transition 'nearest', got 'marginal', which divides by probabilities "
+                "that are known to 1e-15 at best"
+            )
+        if n is None or not 1 <= n < K:
+            raise ValueError(f"neighbours: expected 1..{K - 1} (codebook_size = {K}), got {n!r}")
+        expected = f"nearest: expected {n} other codes of each of {K} for the transition 'nearest'"
+        if self.nearest is None or len(self.nearest) != K:
+            raise ValueError(f"{expected}, got {None if self.nearest is None else f'those of {len(self.nearest)}'}")
+        for code, others in enumerate(self.nearest):
+            if len(others) != n or len(set(others) - {code}) != n or not (0 <= min(others) and max(others) < K):
+                raise ValueError(f"{expected}, got {list(others)} of code {code}")
+
+
+def smoothed_frequencies(counts: Tensor) -> tuple[float, ...]:
+    """Probabilities for the transition "marginal": each code counted once more, so that none has probability 0.
+
+    Args:
+        counts: (K,) int64, how often each code occurs in the training images.
+    """
+    return tuple(((counts + 1).double() / (counts + 1).sum()).tolist())
 
 
 def build_transition(config: VQDDMConfig) -> Transition:
@@ -107,8 +142,21 @@ def build_transition(config: VQDDMConfig) -> Transition:
     if config.transition == "mask_and_replace":
         return MaskAndReplace(K, alpha_bar, config.mask_share * (1 - alpha_bar))
     if config.transition == "marginal":
-        return Marginal(torch.tensor(config.marginal, dtype=torch.float64), alpha_bar)
+        return Marginal(torch.tensor(config.marginal, dtype=torch.float64, device="cpu"), alpha_bar)
+    if config.transition == "nearest":
+        return _neighbour_noise(torch.tensor(config.nearest, device="cpu"), alpha_bar)
     return Uniform(K, alpha_bar)
+
+
+def _neighbour_noise(nearest: Tensor, alpha_bar: Tensor) -> SymmetricRate:
+    noise = SymmetricRate(neighbour_rate(nearest), alpha_bar=alpha_bar)
+    if noise.groups > 1:
+        # Samples start anywhere: one that starts among codes that images never have could not get away from them.
+        raise ValueError(
+            f"neighbours: {nearest.shape[1]} of each code leave {noise.groups} groups of codes that no noise connects; "
+            "expected more"
+        )
+    return noise
 
 
 def _build_denoiser(config: VQDDMConfig) -> nn.Module:
@@ -244,12 +292,11 @@ class VQDDM(nn.Module):
             (n, H, W) int64.
 
         Raises:
-            TypeError, ValueError: labels missing, not wanted or out of range; steps not in 1..T; guidance of
-                a model trained without class_dropout; a grid smaller than the model's; decoding by confidence of a
-                model with another transition.
+            TypeError, ValueError: labels missing, not wanted or out of range; guidance without labels, or of a model
+                trained without class_dropout; temperature or filters out of range; steps not in 1..T; a grid smaller
+                than the model's; decoding by confidence of a model with another transition.
         """
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"n: expected a whole number, at least 1, got {n!r}")
+        check_count(n)
         return self._draw(
             n, None, labels, guidance_scale, grid=grid, decoding=decoding, choice_temperature=choice_temperature,
             steps=steps, temperature=temperature, top_k=top_k, top_p=top_p, batch_size=batch_size,
@@ -329,7 +376,7 @@ class VQDDM(nn.Module):
             self._flat(name, codes).to(self.device) for name, codes in (("first", first), ("second", second))
         )
         labels = self._labels(labels, len(first))
-        check_guidance(guidance_scale, self.config.num_classes, self.config.class_dropout)
+        check_guidance(guidance_scale, labels, self.config.num_classes, self.config.class_dropout)
         with evaluating(self):
             codes = interpolate(
                 self, first, second, self.diffusion.transition, level=level, weight=weight, rule=self.config.rule,
@@ -353,7 +400,7 @@ class VQDDM(nn.Module):
     ) -> Tensor:
         """(n, H, W) codes; known: (n, L) with -1 where to draw, None to draw all."""
         labels = self._labels(labels, n)
-        check_guidance(guidance_scale, self.config.num_classes, self.config.class_dropout)
+        check_guidance(guidance_scale, labels, self.config.num_classes, self.config.class_dropout)
         if decoding not in DECODINGS:
             raise ValueError(f"decoding: expected one of {', '.join(DECODINGS)}, got {decoding!r}")
         if decoding == "confidence" and self.config.transition != "absorbing":

@@ -4,7 +4,14 @@ from vqfast.ops.registry import backend  # isort: skip  (first: it registers the
 from vqfast.ops.checks import checked
 from vqfast.ops.diffusion import diffusion_loss, p_sample, posterior, prior_kl, q_sample, transition_matmul
 from vqfast.ops.dynamic import DynamicQuantized, code_weights, dynamic_quantize, grain_budget_loss
-from vqfast.ops.matrix_transitions import Dense, Gaussian, Nearest, SymmetricRate
+from vqfast.ops.matrix_transitions import (
+    Dense,
+    Gaussian,
+    Nearest,
+    SymmetricRate,
+    embedding_neighbours,
+    neighbour_rate,
+)
 from vqfast.ops.packing import Packed, grain_entropy, pack, position_mask, unpack
 from vqfast.ops.padded import Padded, from_padded, special_tokens, to_padded
 from vqfast.ops.prepared import PreparedCodebook, prepare
@@ -34,10 +41,12 @@ __all__ = [
     "codebook_stats",
     "diffusion_loss",
     "dynamic_quantize",
+    "embedding_neighbours",
     "from_padded",
     "grain_budget_loss",
     "grain_entropy",
     "nearest_code",
+    "neighbour_rate",
     "p_sample",
     "pack",
     "position_mask",

@@ -1,6 +1,6 @@
 """The ops of discrete diffusion on families through matrices, in float64.
 
-Where a sample's matrix is no larger than a few of its rows, the matrices from the data to x_s and from x_s to x_t are
+Where a sample's matrix is no larger than some of its rows, the matrices from the data to x_s and from x_s to x_t are
 made once for a batch and one fused op does the rest: `matrix_loss`, `matrix_sample`. A large codebook sends its rows
 through the chain instead, and what is done to them is plain torch.
 """
@@ -17,7 +17,7 @@ _matrix_loss = torch.ops.vqfast.matrix_loss.default
 _matrix_sample = torch.ops.vqfast.matrix_sample.default
 _scale_rows_ = torch.ops.vqfast.scale_rows_.default
 
-# Codes a row, for each row that a matrix serves, up to which making the matrix costs less than three times the rows.
+# Where products are made by batches, every sample its own: K for each row up to which matrices are made.
 _CODES_PER_ROW = 2
 
 
@@ -39,15 +39,22 @@ def _check_rule(marginal: bool, transition: MatrixTransition) -> None:
         )
 
 
+def _makes_matrices(transition: MatrixTransition, rows: int, passes: int, device: torch.device) -> bool:
+    """Whether a matrix for so many rows is less work than sending them through the chain so many times."""
+    per_row = transition.codes_per_row(passes) if device.type == "cpu" else _CODES_PER_ROW
+    return transition.codebook_size <= per_row * rows
+
+
 def _matrices(
-    t: Tensor, s: Tensor, rows: Tensor, transition: MatrixTransition, span: int, one: bool
+    t: Tensor, s: Tensor, rows: Tensor, transition: MatrixTransition, passes: int, span: int, one: bool
 ) -> tuple[Tensor, Tensor] | None:
     """prior and likelihood of `matrix_loss`; None where sending `rows` (B, L) through the chain is less work.
 
+    passes: how often they would go through it from the data on.
     one: s and t are the same number in every sample, and so are the matrices.
     """
     (B, L), K = rows.shape, transition.codebook_size
-    if K > _CODES_PER_ROW * L * (B if one else 1):
+    if not _makes_matrices(transition, L * (B if one else 1), passes, rows.device):
         return None
     if one:
         t, s = t[:1], s[:1]
@@ -107,10 +114,11 @@ def token_loss(
 ) -> Tensor:
     """(B, L): (KL(q(x_s | x_t, x_0) || p(x_s | x_t)) - aux_weight log p(x_0)) scale; tokens of scale 0 are not read."""
     _check_rule(marginal, transition)
-    matrices = _matrices(t, s, x0, transition, span, one)
+    # Asked here: inside the function the gradient mode is off, and needs_input_grad does not know of no_grad.
+    with_grad = torch.is_grad_enabled() and logits.requires_grad
+    passes = 2 + with_grad + marginal  # of the prediction, of x_0, of the gradient; what the marginal rule divides by
+    matrices = _matrices(t, s, x0, transition, passes, span, one)
     if matrices is not None:
-        # Asked here: inside the function the gradient mode is off, and needs_input_grad does not know of no_grad.
-        with_grad = torch.is_grad_enabled() and logits.requires_grad
         return _Loss.apply(logits, x0, x_t, s, *matrices, scale, marginal, aux_weight, with_grad)
     counts = scale != 0
     log_p = torch.log_softmax(logits.where(counts[..., None], 0).double(), dim=-1)
@@ -142,7 +150,8 @@ def p_sample(
     """(B, L) int64: x_s by inversion of the whole posterior; one random number a token, whichever code it takes."""
     _check_rule(marginal, transition)
     scores = temperature, guidance, top_k, top_p
-    matrices = _matrices(t, s, x_t, transition, span, one)
+    passes = 1 + (known is not None) + marginal
+    matrices = _matrices(t, s, x_t, transition, passes, span, one)
     if matrices is not None:
         return _matrix_sample(logits, unconditional, x_t, s, *matrices, known, marginal, *scores, key)
     log_x0 = _log_x0(prediction(logits, unconditional, *scores), x_t, t, transition, marginal)

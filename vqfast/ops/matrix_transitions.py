@@ -9,14 +9,17 @@ from math import isqrt
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from vqfast.kernels.transition_matmul.library import products_ahead
 from vqfast.ops.checks import describe
-from vqfast.ops.transitions import Transition
+from vqfast.ops.transitions import Transition, check_alpha_bar
 
 # How far a row that is given may be from the sum 1, and a rate from symmetry.
 _TOLERANCE = 1e-6
+# A mode that decays slower than this share of the fastest is a set of codes that none leaves, and rounding.
+_SLOWEST = 1e-10
+# What counts as nothing left of a token: a process in continuous time never gets to 0.
+_NOTHING = 1e-12
 
 _matmul = torch.ops.vqfast.transition_matmul.default
 
@@ -64,6 +67,13 @@ class MatrixTransition(Transition):
         """
         raise NotImplementedError
 
+    def codes_per_row(self, passes: int) -> float:
+        """K for each row up to which the matrices of a step are less work than `passes` times the rows to its start.
+
+        Measured on the CPU: kernels/matrix_loss/README.md.
+        """
+        raise NotImplementedError
+
     def last_rows(self) -> Tensor:
         """(K, K) float64: row k is q(x_T | x_0 = k)."""
         codes = torch.arange(self.codebook_size, device=self.device)[None]
@@ -75,6 +85,16 @@ class MatrixTransition(Transition):
         return (
             self.noise if self.noise is not None else torch.full((K,), 1 / K, dtype=torch.float64, device=self.device)
         )
+
+
+def _check_times(times: object) -> Tensor:
+    table = _check_float_table("times", times, "(T + 1,)")
+    host = table.cpu()
+    if table.ndim != 1 or table.numel() < 2:
+        raise ValueError(f"times: expected shape (T + 1,) with T >= 1, got {tuple(table.shape)}")
+    if host[0] != 0 or not (host[1:] >= host[:-1]).all() or not host[-1].isfinite():
+        raise ValueError(f"times: expected 0 at level 0, then finite values that never fall, got {host.tolist()}")
+    return table
 
 
 class _Product(torch.autograd.Function):
@@ -106,6 +126,9 @@ class _Chain(MatrixTransition):
         self.stride = stride
         tables = steps, diagonal, *products_ahead(steps, diagonal, stride)
         super().__init__(K, T, tables, steps.device)
+
+    def codes_per_row(self, passes: int) -> float:
+        return 2 * passes
 
     def product(self, rows: Tensor, s: Tensor | None, t: Tensor, *, transpose: bool = False, span: int = 0) -> Tensor:
         return _Product.apply(rows, s, t, *self.tables_on(rows.device), self.stride, transpose, span)
@@ -173,6 +196,37 @@ class Dense(_Chain):
         self.noise = self.last_rows().mean(0)
 
 
+def _decays(eigenvalues: Tensor) -> Tensor:
+    """(K,) bool."""
+    return eigenvalues < _SLOWEST * eigenvalues.min()
+
+
+def times_like_uniform(eigenvalues: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Times at which as much is left of a token as under uniform noise.
+
+    P(x_t = x_0), the mean over all x_0, is sum_k exp(time_t lambda_k) / K, and alpha_bar_t + (1 - alpha_bar_t) / K for
+    `Uniform`. They are the same where the mean of exp(time_t lambda_k) over the modes that decay is alpha_bar_t.
+
+    Args:
+        eigenvalues: (K,) float64, at most 0, of the rate.
+        alpha_bar: (T + 1,) float64, as for `Uniform`; below 1e-12 it counts as that.
+
+    Returns:
+        (T + 1,) float64 from 0, never falling.
+    """
+    decaying = eigenvalues[_decays(eigenvalues)]
+    left = alpha_bar.to(eigenvalues.device).clamp(min=_NOTHING)[:, None]
+    if not decaying.numel():
+        return torch.zeros_like(left[:, 0])
+    # Between these, as the mean is at least exp of the mean (Jensen), and at most its slowest part.
+    early, late = left.log() / decaying.mean(), left.log() / decaying.max()
+    for _ in range(64):
+        middle = (early + late) / 2
+        is_late = (middle * decaying).exp().mean(1, keepdim=True) < left
+        early, late = torch.where(is_late, early, middle), torch.where(is_late, middle, late)
+    return early[:, 0].cummax(0).values
+
+
 class SymmetricRate(MatrixTransition):
     """A symmetric jump process at given times: Q from level s to t is expm((times[t] - times[s]) rate).
 
@@ -184,14 +238,21 @@ class SymmetricRate(MatrixTransition):
     Args:
         rate: (K, K) float, symmetric within 1e-6, at least 0 off the diagonal, rows of sum 0: jumps per unit of time.
         times: (T + 1,) float, 0 at level 0, never falling. Kept in float64.
+        alpha_bar: (T + 1,) in place of times, a table as `Uniform` takes: level t comes when a token is what it was as
+            often as under that noise, see `times_like_uniform`. With each jump as likely as another it is that noise.
+
+    Attributes, besides those of `Transition`:
+        groups: number of sets of codes that no token leaves: 1 where every code leads to every other.
 
     Raises:
-        TypeError: not floating-point tensors. ValueError: a shape or values other than these.
+        TypeError: not floating-point tensors; both of times and alpha_bar, or none. ValueError: a shape or values other
+            than these.
     """
 
-    def __init__(self, rate: Tensor, times: Tensor):
+    def __init__(self, rate: Tensor, times: Tensor | None = None, *, alpha_bar: Tensor | None = None):
         rate = _check_float_table("rate", rate, "(K, K)")
-        times = _check_float_table("times", times, "(T + 1,)").to(rate.device)
+        if (times is None) == (alpha_bar is None):
+            raise TypeError(f"times, alpha_bar: expected one of them, got {'none' if times is None else 'both'}")
         if rate.ndim != 2 or rate.shape[0] != rate.shape[1] or not rate.numel():
             raise ValueError(f"rate: expected shape (K, K), K at least 1, got {tuple(rate.shape)}")
         off = rate - rate.diagonal().diag()
@@ -203,58 +264,95 @@ class SymmetricRate(MatrixTransition):
                 "rate: expected a symmetric matrix, at least 0 off the diagonal, with rows of sum 0, got a smallest "
                 f"entry off the diagonal of {off.min().item()}, a skewness of {skew} and a sum of {sums}"
             )
-        host = times.cpu()
-        if times.ndim != 1 or times.numel() < 2:
-            raise ValueError(f"times: expected shape (T + 1,) with T >= 1, got {tuple(times.shape)}")
-        if host[0] != 0 or not (host[1:] >= host[:-1]).all() or not host[-1].isfinite():
-            raise ValueError(f"times: expected 0 at level 0, then finite values that never fall, got {host.tolist()}")
+        # Before the basis is taken, which may last: a table that is none.
+        table = check_alpha_bar(alpha_bar) if times is None else _check_times(times)
         off = (off + off.T) / 2
         eigenvalues, basis = torch.linalg.eigh(off - off.sum(1).diag())
-        # At most 0 but for rounding, which a long time would multiply.
-        super().__init__(
-            rate.shape[0], times.numel() - 1, (times, eigenvalues.clamp(max=0), basis, -off.sum(1)), rate.device
-        )
+        eigenvalues = eigenvalues.clamp(max=0)  # but for rounding, which a long time would multiply
+        times = times_like_uniform(eigenvalues, table) if times is None else table.to(rate.device)
+        self.groups = int((~_decays(eigenvalues)).sum())
+        super().__init__(rate.shape[0], times.numel() - 1, (times, eigenvalues, basis, -off.sum(1)), rate.device)
+
+    def codes_per_row(self, passes: int) -> float:
+        # A pass of rows is two products, however far; a matrix is one, of K rows, and a step has two of them.
+        return (1 + passes) / 2
 
     def product(self, rows: Tensor, s: Tensor | None, t: Tensor, *, transpose: bool = False, span: int = 0) -> Tensor:
         times, eigenvalues, basis, leaving = self.tables_on(rows.device)
         t = t.clamp(0, self.T)
         elapsed = (times[t] if s is None else times[t] - times[s.clamp(0, self.T)])[:, None, None]
-        codes = rows.dtype == torch.int64
-        given = one_hot(rows, self.codebook_size).double() if codes else rows.double()
-        spectrum = basis[rows] if codes else given @ basis
-        product = (spectrum * (elapsed * eigenvalues).exp()) @ basis.T
+        moved = elapsed > 0
+        decay = (elapsed * eigenvalues).exp() * moved
         # At least what never jumped, and that alone where no time has passed.
-        return torch.where(elapsed > 0, torch.maximum(product, (elapsed * leaving).exp() * given), given)
+        if rows.dtype == torch.int64:
+            product = (basis[rows].mul_(decay) @ basis.T).clamp_(min=0)
+            stays = (elapsed[..., 0] * leaving[rows]).exp()[..., None]
+            return product.scatter_(-1, rows[..., None], torch.maximum(product.gather(-1, rows[..., None]), stays))
+        given = rows.double()
+        product, stays = (given @ basis).mul_(decay) @ basis.T, (elapsed * leaving).exp() * given
+        return torch.where((product > stays) & moved, product, stays)
 
 
-class Nearest(SymmetricRate):
-    """A token moves to codes whose embeddings are near.
-
-    With G[i, j] = 1 where j is among the `neighbours` nearest of i, the rate of a jump is
-    (G + G^T) / (2 neighbours) (D3PM, Austin et al. 2021, appendix A.2.4), and level t lies at times[t].
+def embedding_neighbours(embeddings: Tensor, neighbours: int) -> Tensor:
+    """The codes whose embeddings are nearest to that of each code.
 
     Args:
         embeddings: (K, D) float, finite: the codebook.
         neighbours: how many, 1..K - 1. Ties go to the lowest index.
-        times: as for `SymmetricRate`.
+
+    Returns:
+        (K, neighbours) int64, the nearest first.
+
+    Raises:
+        TypeError, ValueError: arguments other than these.
+    """
+    embeddings = _check_float_table("embeddings", embeddings, "(K, D)")
+    if embeddings.ndim != 2 or embeddings.shape[0] < 2 or not embeddings.isfinite().all():
+        raise ValueError(f"embeddings: expected finite values of shape (K, D) with K >= 2, got {describe(embeddings)}")
+    K = embeddings.shape[0]
+    if not isinstance(neighbours, int) or isinstance(neighbours, bool) or not 1 <= neighbours < K:
+        raise ValueError(f"neighbours: expected a whole number in 1..{K - 1} (K = {K}), got {neighbours!r}")
+    # Differences, not the expansion of the square: near codes far from the origin would be lost in it.
+    distance = torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")
+    distance.fill_diagonal_(torch.inf)
+    return distance.sort(dim=1, stable=True).indices[:, :neighbours]
+
+
+def neighbour_rate(neighbours: Tensor) -> Tensor:
+    """The rate of jumps between neighbours, for `SymmetricRate` (D3PM, Austin et al. 2021, appendix A.2.4).
+
+    With G[i, j] = 1 where j is among the n neighbours of i, the rate of a jump is (G + G^T) / (2 n).
+
+    Args:
+        neighbours: (K, n) int64, as `embedding_neighbours` gives them: n other codes of each code.
+
+    Returns:
+        (K, K) float64, rows of sum 0.
+    """
+    K, n = neighbours.shape
+    graph = torch.zeros(K, K, dtype=torch.float64, device=neighbours.device).scatter(1, neighbours, 1.0)
+    rate = (graph + graph.T) / (2 * n)
+    return rate - rate.sum(1).diag()
+
+
+class Nearest(SymmetricRate):
+    """A token moves to codes whose embeddings are near: `neighbour_rate` of `embedding_neighbours`.
+
+    Args:
+        embeddings: (K, D) float, finite: the codebook.
+        neighbours: how many, 1..K - 1.
+        times, alpha_bar: as for `SymmetricRate`.
 
     Raises:
         TypeError, ValueError: arguments other than these.
     """
 
-    def __init__(self, embeddings: Tensor, neighbours: int, times: Tensor):
-        embeddings = _check_float_table("embeddings", embeddings, "(K, D)")
-        if embeddings.ndim != 2 or embeddings.shape[0] < 2 or not embeddings.isfinite().all():
-            raise ValueError(
-                f"embeddings: expected finite values of shape (K, D) with K >= 2, got {describe(embeddings)}"
-            )
-        K = embeddings.shape[0]
-        if not isinstance(neighbours, int) or isinstance(neighbours, bool) or not 1 <= neighbours < K:
-            raise ValueError(f"neighbours: expected a whole number in 1..{K - 1} (K = {K}), got {neighbours!r}")
-        # Differences, not the expansion of the square: near codes far from the origin would be lost in it.
-        distance = torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")
-        distance.fill_diagonal_(torch.inf)
-        nearest = distance.sort(dim=1, stable=True).indices[:, :neighbours]
-        graph = torch.zeros_like(distance).scatter(1, nearest, 1.0)
-        rate = (graph + graph.T) / (2 * neighbours)
-        super().__init__(rate - rate.sum(1).diag(), times)
+    def __init__(
+        self,
+        embeddings: Tensor,
+        neighbours: int,
+        times: Tensor | None = None,
+        *,
+        alpha_bar: Tensor | None = None,
+    ):
+        super().__init__(neighbour_rate(embedding_neighbours(embeddings, neighbours)), times, alpha_bar=alpha_bar)

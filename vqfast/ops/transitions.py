@@ -27,7 +27,8 @@ def _ends(table: Tensor) -> str:
     return f"{table[:3].tolist()}..{table[-3:].tolist()}"
 
 
-def _check_alpha_bar(alpha_bar: object) -> Tensor:
+def check_alpha_bar(alpha_bar: object) -> Tensor:
+    """(T + 1,) float64, or TypeError, ValueError where it is no table of probabilities of being untouched."""
     table = _check_table("alpha_bar", alpha_bar)
     host = table.cpu()
     if host[0] != 1 or not (host[1:] <= host[:-1]).all() or not (host[:-1] > 0).all() or host[-1] < 0:
@@ -141,7 +142,7 @@ class Uniform(ClosedForm):
     """
 
     def __init__(self, codebook_size: int, alpha_bar: Tensor):
-        super().__init__(codebook_size, _check_alpha_bar(alpha_bar)[:, None])
+        super().__init__(codebook_size, check_alpha_bar(alpha_bar)[:, None])
 
 
 class Absorbing(ClosedForm):
@@ -158,7 +159,7 @@ class Absorbing(ClosedForm):
     """
 
     def __init__(self, codebook_size: int, alpha_bar: Tensor):
-        table = _check_alpha_bar(alpha_bar)
+        table = check_alpha_bar(alpha_bar)
         super().__init__(codebook_size, torch.stack([table, 1 - table], dim=1))
 
 
@@ -178,7 +179,7 @@ class MaskAndReplace(ClosedForm):
     """
 
     def __init__(self, codebook_size: int, alpha_bar: Tensor, mask_bar: Tensor):
-        alpha, mask = _check_alpha_bar(alpha_bar), _check_table("mask_bar", mask_bar)
+        alpha, mask = check_alpha_bar(alpha_bar), _check_table("mask_bar", mask_bar)
         if mask.shape != alpha.shape:
             raise ValueError(f"mask_bar: expected shape {tuple(alpha.shape)} as alpha_bar has, got {tuple(mask.shape)}")
         mask = mask.to(alpha.device)
@@ -213,7 +214,7 @@ class Marginal(ClosedForm):
     def __init__(self, distribution: Tensor, alpha_bar: Tensor):
         if not isinstance(distribution, Tensor) or not distribution.is_floating_point() or distribution.ndim != 1:
             raise TypeError(f"distribution: expected a floating-point tensor (K,), got {distribution!r}")
-        table = _check_alpha_bar(alpha_bar)
+        table = check_alpha_bar(alpha_bar)
         m = distribution.detach().double().to(table.device)
         if m.numel() < 1 or not (m >= 0).all() or not abs(m.sum().item() - 1) <= 1e-4:
             raise ValueError(f"distribution: expected probabilities of sum 1, got a sum of {m.sum().item()!r}")

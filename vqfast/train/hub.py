@@ -121,5 +121,10 @@ def _card(shared: Pretrained) -> str:
         lines += [f"![what the model does with held-out images]({CARD_PICTURES})", ""]
     lines += ["```python", "from vqfast.train.hub import from_pretrained", "", 'model = from_pretrained("...")', "```"]
     lines += ["", "## Configuration", "", "| setting | value |", "| --- | --- |"]
-    lines += [f"| {name} | {value} |" for name, value in asdict(shared.model.config).items()]
+    lines += [f"| {name} | {_brief(value)} |" for name, value in asdict(shared.model.config).items()]
     return "\n".join(lines) + "\n"
+
+
+def _brief(value: Any) -> str:
+    """A setting as a table shows it: of many numbers how many there are."""
+    return f"{len(value)} values" if isinstance(value, list | tuple) and len(value) > 8 else str(value)

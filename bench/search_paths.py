@@ -2,7 +2,7 @@
 
 Times every way that this processor has (VQFAST_CPU_SCORES names them: a score engine and how many panels share a
 maximum; or a library's product, "unfused") at every size of a grid, exact, the codebook packed anew in each call, and
-prints the fastest of each size. With --write the times become the table that the library chooses by,
+prints the fastest of each size with its milliseconds. With --write the times become the table that the library chooses by,
 csrc/include/nearest_paths.inc, from the next build on. Minutes.
 
 With --rates instead, for a few sizes: the exact op as it chooses, the same on a prepared codebook, the scores alone
@@ -132,10 +132,13 @@ def rates(seconds: float) -> None:
 
 
 def fastest(device: Device) -> None:
-    """Prints the fastest way of each size."""
-    for (N, K, D), times in device.times.items():
+    """Prints the fastest way of each size, a row for each N and K."""
+    rows: dict[tuple[int, int], list[str]] = {}
+    for (N, K, _), times in device.times.items():
         least = min(times)
-        print(f"| {device.name} | {N}, {K}, {D} | {device.ways[times.index(least)]} | {least:.3g} |", flush=True)
+        rows.setdefault((N, K), []).append(f"{device.ways[times.index(least)]} {least:.3g}")
+    for (N, K), cells in rows.items():
+        print(f"| {device.name} | {N}, {K} | {' | '.join(cells)} |", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -160,7 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         print("|---|---|---|---|---|---|---|---|---|", flush=True)
     else:
-        print("| set | N, K, D | fastest | ms |\n|---|---|---|---|", flush=True)
+        columns = sorted({D for _, _, D in GRID})
+        print(f"| set | N, K | D = {' | '.join(map(str, columns))} |\n|---|---|{'---|' * len(columns)}", flush=True)
     measured = []
     for isa in ISAS:
         environment = {name: value for name, value in os.environ.items() if name != "VQFAST_CPU_SCORES"}

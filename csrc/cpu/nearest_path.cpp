@@ -40,26 +40,20 @@ class Table {
  public:
   Table() : shapes_(kernels().name) {
     for (int i = 0; i < shapes_.count(); ++i) {
-      Fastest fastest;
-      for (int engine = kAnyEngine; engine < kMostEngines; ++engine) {
-        SearchPath &path = fastest.of[engine + 1];
-        const auto serves = [&](const char *name) {
-          return read_path(name, path) && (engine == kAnyEngine || path.engine == engine);
-        };
-        const char *name = shapes_.fastest(i, serves);
-        if (!name || !read_path(name, path)) path.group = 0;
-      }
-      const auto known = [](const char *name) { SearchPath path; return is_unfused(name) || read_path(name, path); };
-      const char *name = shapes_.fastest(i, known);
+      Fastest fastest = {};
+      for (int engine = kAnyEngine; engine < kMostEngines; ++engine) fastest.by[engine + 1] = fastest_by(i, engine);
+      SearchPath path;
+      const char *name = shapes_.fastest(i, [&](const char *n) { return is_unfused(n) || read_path(n, path); });
       fastest.unfused = name && is_unfused(name);
       fastest_.push_back(fastest);
     }
   }
 
+  // False: not measured.
   bool find(int64_t N, int64_t K, int64_t D, int engine, SearchPath &path) const {
     const int i = shapes_.nearest(N, K, D);
-    if (i < 0 || fastest_[i].of[engine + 1].group == 0) return false;
-    path = fastest_[i].of[engine + 1];
+    if (i < 0 || fastest_[i].by[engine + 1].group == 0) return false;
+    path = fastest_[i].by[engine + 1];
     return true;
   }
   bool unfused(int64_t N, int64_t K, int64_t D) const {
@@ -69,9 +63,18 @@ class Table {
 
  private:
   struct Fastest {
-    SearchPath of[1 + kMostEngines];  // by any engine, by each; without a group where it was not measured
-    bool unfused;                     // is faster than any
+    SearchPath by[1 + kMostEngines];  // any engine, each engine; without a group where it was not measured
+    bool unfused;                     // is faster than any of them
   };
+
+  SearchPath fastest_by(int i, int engine) const {
+    SearchPath path;
+    const char *name = shapes_.fastest(i, [&](const char *n) {
+      return read_path(n, path) && (engine == kAnyEngine || path.engine == engine);
+    });
+    return name && read_path(name, path) ? path : SearchPath{};
+  }
+
   MeasuredShapes shapes_;
   std::vector<Fastest> fastest_;
 };

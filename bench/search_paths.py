@@ -2,8 +2,8 @@
 
 Times every way that this processor has (VQFAST_CPU_SCORES names them: a score engine and how many panels share a
 maximum; or a library's product, "unfused") at every size of a grid, exact, the codebook packed anew in each call, and
-prints the fastest of each size with its milliseconds. With --write the times become the table that the library chooses by,
-csrc/include/nearest_paths.inc, from the next build on. Minutes.
+prints the fastest of each size with its milliseconds. With --write the times become the table that the library
+chooses by, csrc/include/nearest_paths.inc, from the next build on. Minutes.
 
 With --rates instead, for a few sizes: the exact op as it chooses, the same on a prepared codebook, the scores alone
 (prepared, precision "fast": no second pass, no codebook to pack) and torch.addmm with argmax (rounded: no candidate),
@@ -32,7 +32,7 @@ from vqfast.ops import nearest_code, prepare
 
 ISAS = ("amx", "avx512", "avx2")
 # From a few rows, where packing a codebook is most of the work, to many.
-GRID: tuple[Size, ...] = tuple(product((4, 64, 4096), (64, 1024, 16384), (8, 16, 32, 64, 128, 256)))
+GRID: tuple[Size, ...] = tuple(product((4, 64, 4096), (64, 512, 2048, 16384), (8, 16, 32, 64, 128, 256)))
 # (N, K, D): few rows, many rows, and the sizes of the other benchmarks.
 RATES: tuple[Size, ...] = (
     (16, 16, 8),

@@ -28,7 +28,7 @@ from vqfast.ops import nearest_code
 KINDS = ("float32", "bfloat16", "hopper")
 # (N, K, D): a large batch against large codebooks, and few rows.
 SIZES: tuple[Size, ...] = ((262144, 8192, 256), (262144, 16384, 8), (65536, 1024, 64), (1024, 16384, 64))
-GRID: tuple[Size, ...] = tuple(product((16, 512, 16384), (64, 1024, 16384), (8, 64, 256, 512)))
+GRID: tuple[Size, ...] = tuple(product((16, 512, 16384), (64, 512, 2048, 16384), (8, 64, 256, 512)))
 ROUNDS = 12
 
 

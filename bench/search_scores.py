@@ -1,25 +1,34 @@
 """The kinds of scores that a search can be made of on a CUDA device, side by side: `python -m bench.search_scores`.
 
-For each size and each kind (VQFAST_CUDA_SCORES) the exact search and the scores alone (precision "fast"), in
+For each of a few sizes and each kind (VQFAST_CUDA_SCORES) the exact search and the scores alone (precision "fast"), in
 milliseconds: medians over rounds that take the kinds in turn, between two CUDA events; the rate of the exact one (2 N K
 D operations), and how many rows are wrong. The last row of a size is torch's bfloat16 product of the same shape, which
 writes N x K scores. A kind that the device does not have gives way to the next best, and has its time.
+
+With --write also the exact search at every size of a grid; the times of all sizes become the lines of this compute
+capability in the table that the library chooses by, csrc/include/nearest_paths.inc, from the next build on. A kind that
+was wrong at a size has 0 there: it is not chosen.
 """
 
+import argparse
 import os
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import product
 
 import torch
 
 import vqfast
+from bench.device import device_text
 from bench.exact import exact_nearest
+from bench.search_table import Device, Size, replace
 from vqfast.ops import nearest_code
 
 KINDS = ("float32", "bfloat16", "hopper")
 # (N, K, D): a large batch against large codebooks, and few rows.
-SIZES = ((262144, 8192, 256), (262144, 16384, 8), (65536, 1024, 64), (1024, 16384, 64))
+SIZES: tuple[Size, ...] = ((262144, 8192, 256), (262144, 16384, 8), (65536, 1024, 64), (1024, 16384, 64))
+GRID: tuple[Size, ...] = tuple(product((16, 512, 16384), (64, 512, 2048, 16384), (8, 64, 256, 512)))
 ROUNDS = 12
 
 
@@ -42,13 +51,22 @@ def _search(kind: str, x: torch.Tensor, codebook: torch.Tensor, precision: str) 
     return nearest_code(x, codebook, precision=precision)
 
 
-def measure(N: int, K: int, D: int) -> int:
-    """Prints the rows of a size; how many rows some kind got wrong."""
+def _pair(size: Size) -> tuple[torch.Tensor, torch.Tensor]:
+    N, K, D = size
     g = torch.Generator("cuda").manual_seed(1)
-    x, codebook = (torch.randn(n, D, generator=g, device="cuda") for n in (N, K))
-    low = x.bfloat16(), codebook.bfloat16()
+    return torch.randn(N, D, generator=g, device="cuda"), torch.randn(K, D, generator=g, device="cuda")
+
+
+def _wrong(x: torch.Tensor, codebook: torch.Tensor) -> dict[str, int]:
     want = exact_nearest(x, codebook)
-    wrong = {kind: int((_search(kind, x, codebook, "exact") != want).sum()) for kind in KINDS}
+    return {kind: int((_search(kind, x, codebook, "exact") != want).sum()) for kind in KINDS}
+
+
+def measure(size: Size) -> tuple[dict[str, int], tuple[float, ...]]:
+    """Prints the rows of a size; how many rows each kind got wrong, and the times of the exact searches."""
+    (N, K, D), (x, codebook) = size, _pair(size)
+    low = x.bfloat16(), codebook.bfloat16()
+    wrong = _wrong(x, codebook)
     ways: dict[str, Callable[[], object]] = {"product": lambda: low[0] @ low[1].T}
     for kind in KINDS:
         for precision in ("exact", "fast"):
@@ -58,25 +76,47 @@ def measure(N: int, K: int, D: int) -> int:
         exact, fast = times[f"{kind} exact"], times[f"{kind} fast"]
         rate = 2e-9 * N * K * D / exact
         print(f"| {N}, {K}, {D} | {kind} | {exact:.3f} | {fast:.3f} | {rate:.0f} | {wrong[kind]} |", flush=True)
-    product = times["product"]
-    print(f"| {N}, {K}, {D} | torch's product | {product:.3f} | | {2e-9 * N * K * D / product:.0f} | |", flush=True)
-    return sum(wrong.values())
+    rate = 2e-9 * N * K * D / times["product"]
+    print(f"| {N}, {K}, {D} | torch's product | {times['product']:.3f} | | {rate:.0f} | |", flush=True)
+    return wrong, tuple(times[f"{kind} exact"] for kind in KINDS)
 
 
-def main() -> int:
+def measure_exact(size: Size) -> tuple[dict[str, int], tuple[float, ...]]:
+    """The same of the exact searches alone; prints a size where a kind was wrong."""
+    x, codebook = _pair(size)
+    wrong = _wrong(x, codebook)
+    if any(wrong.values()):
+        print(f"| {', '.join(map(str, size))} | wrong rows | {wrong} |", flush=True)
+    times = milliseconds({kind: lambda kind=kind: _search(kind, x, codebook, "exact") for kind in KINDS})
+    return wrong, tuple(times[kind] for kind in KINDS)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """0 if every kind was right at every size, else 1; 2 without a device."""
+    parser = argparse.ArgumentParser(prog="python -m bench.search_scores", description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="measure the grid too, and keep the times as a table")
+    args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("needs a CUDA device")
         return 2
+    capability = "".join(map(str, torch.cuda.get_device_capability()))
+    device = Device(f"sm_{capability}", f"{device_text('cuda')}, torch {torch.__version__}", KINDS)
     before = os.environ.get("VQFAST_CUDA_SCORES")
     print("| N, K, D | scores | exact, ms | scores alone | TFLOP/s | wrong |\n|---|---|---|---|---|---|")
+    mistakes = 0
     try:
         with vqfast.backend("cuda"):
-            return int(sum(measure(*size) for size in SIZES) > 0)
+            for size in SIZES + (GRID if args.write else ()):
+                wrong, times = (measure if size in SIZES else measure_exact)(size)
+                mistakes += sum(wrong.values())
+                device.times[size] = tuple(0 if wrong[kind] else t for kind, t in zip(KINDS, times, strict=True))
     finally:
         os.environ.pop("VQFAST_CUDA_SCORES")
         if before is not None:
             os.environ["VQFAST_CUDA_SCORES"] = before
+    if args.write:
+        replace([device])
+    return int(mistakes > 0)
 
 
 if __name__ == "__main__":

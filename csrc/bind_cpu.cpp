@@ -3,10 +3,14 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstdlib>
 #include <new>
 #include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/nearest_path.h"
 #include "vqfast.h"
 
 namespace py = pybind11;
@@ -17,6 +21,11 @@ void check(int code) {
   if (code == VQFAST_OUT_OF_MEMORY) throw std::bad_alloc();
   // IndexError: the caller knows the arguments' names.
   if (code == VQFAST_OUT_OF_RANGE) throw std::out_of_range("vqfast: a value is out of range");
+  if (code == VQFAST_BAD_SCORES) {
+    std::string names;
+    for (const std::string &name : vqfast::path_names()) names += (names.empty() ? "" : ", ") + name;
+    throw py::value_error("VQFAST_CPU_SCORES: expected one of " + names + ", got " + std::getenv("VQFAST_CPU_SCORES"));
+  }
   if (code != VQFAST_OK) throw std::runtime_error("vqfast: CPU kernel failed with code " + std::to_string(code));
 }
 
@@ -40,6 +49,19 @@ int64_t nearest(int dtype, int metric, bool exact, const py::tuple &x, int64_t h
                            pointer<const void>(codebook), K, pointer<const uint8_t>(mask),
                            pointer<const void>(prepared), pointer<int64_t>(indices), &reranked));
   return reranked;
+}
+
+// The path of a search whose codebook is not prepared.
+std::string nearest_path(int64_t N, int64_t K, int64_t D) {
+  vqfast::SearchPath path;
+  if (!vqfast::choose_path(N, K, D, vqfast::kAnyEngine, path)) check(VQFAST_BAD_SCORES);
+  return vqfast::choose_unfused(N, K, D) ? vqfast::kUnfused : vqfast::path_name(path);
+}
+
+int64_t nearest_prepare_bytes(int64_t heads, int64_t D, int64_t K) {
+  const int64_t bytes = vqfast_cpu_nearest_prepare_bytes(heads, D, K);
+  if (bytes == 0) check(VQFAST_BAD_SCORES);
+  return bytes;
 }
 
 void nearest_prepare(int dtype, int metric, int64_t heads, int64_t D, uintptr_t codebook, int64_t K,
@@ -230,7 +252,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return vqfast::kernels().name; });
   m.def("isa_error", [] { return vqfast::isa_error(); });
   m.def("nearest", &nearest);
-  m.def("nearest_prepare_bytes", &vqfast_cpu_nearest_prepare_bytes);
+  m.def("nearest_path", &nearest_path);
+  m.def("nearest_paths", &vqfast::path_names);
+  m.def("nearest_prepare_bytes", &nearest_prepare_bytes);
   m.def("residual_nearest", &residual_nearest);
   m.def("lookup", &lookup);
   m.def("lookup_backward", &lookup_backward);

@@ -14,7 +14,7 @@ extern const Kernels table;
 const Kernels table = {
 #define VQFAST_STRING_(x) #x
 #define VQFAST_STRING(x) VQFAST_STRING_(x)
-    VQFAST_STRING(VQFAST_ISA), kLanes, &float32::engine, nullptr, feature_ranges, largest_score, find_scores,
+    VQFAST_STRING(VQFAST_ISA), kLanes, {&float32::engine}, feature_ranges, largest_score, find_scores,
     widen_row, distance, products, squared_error, lookup_grad, add_rows,
     load_scores, exp_scores, log1p_scores, grad_scores, store_scores, scale_row,
     guide_scores, count_scores, mass_scores, keep_scores, sum_scores, add_bins,

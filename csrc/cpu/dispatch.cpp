@@ -64,9 +64,10 @@ bool has_amx() {
 }
 #endif
 
-Kernels named(const char *name, Kernels kernels, const ScoreEngine *bfloat16) {
+Kernels named(const char *name, Kernels kernels, const ScoreEngine *second, const ScoreEngine *third = nullptr) {
   kernels.name = name;
-  kernels.bfloat16 = bfloat16;
+  kernels.engines[1] = second;
+  kernels.engines[2] = third;
   return kernels;
 }
 
@@ -76,7 +77,8 @@ bool find(const char *name, Kernels &found) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (wanted("amx") && has_amx()) {
-    found = named("amx", avx512::table, &amx::amx_tiles::engine);
+    found = named("amx", avx512::table, &amx::amx_tiles::engine,
+                  has_avx512bf16() ? &avx512bf16::bf16_pairs::engine : nullptr);
     return true;
   }
   // Not chosen on its own on Intel's cores: measured on a Xeon with AMX, these scores took twice the time of float32's

@@ -18,15 +18,14 @@ struct FeatureRanges {
   double *sum, *count, *least, *largest;
 };
 
+constexpr int kMostEngines = 3;
+
 struct Kernels {
   const char *name;
   int lanes;
 
-  // nearest_float32.h; nearest_bf16.h or nearest_amx.h, or null
-  const ScoreEngine *float32, *bfloat16;
-  const ScoreEngine &engine_for(int64_t D) const {
-    return bfloat16 && D >= bfloat16->least_features ? *bfloat16 : *float32;
-  }
+  // nearest_float32.h, then nearest_amx.h, nearest_bf16.h where there are such; nearest_path.h chooses. Null after the last.
+  const ScoreEngine *engines[kMostEngines];
 
   // nearest_ranges.h
   void (*feature_ranges)(vqfast_dtype dtype, const void *codes, int64_t n, int64_t D, double share,

@@ -10,13 +10,16 @@ extern "C" int vqfast_cpu_nearest(vqfast_dtype dtype, vqfast_metric metric, int 
   int64_t total = 0;
   if (reranked) *reranked = 0;
   if (x.batch * x.rows == 0) return VQFAST_OK;
-  const int64_t bytes = Codes::bytes(K, D), size = element_size(dtype);
+  SearchPath path;
+  const int engine = prepared ? ((const CodebookFacts *)prepared)->engine : kAnyEngine;
+  if (!choose_path(x.batch * x.rows, K, D, engine, path)) return VQFAST_BAD_SCORES;
+  const int64_t bytes = Codes::bytes(K, D, path), size = element_size(dtype);
   const Buffer<char> own = prepared ? nullptr : buffer<char>(bytes);
   if (!prepared && !own) return VQFAST_OUT_OF_MEMORY;
   for (int64_t h = 0; h < heads; ++h) {
     // Only `prepare` writes to this memory.
     char *memory = prepared ? (char *)const_cast<void *>(prepared) + h * bytes : own.get();
-    const Codes codes(dtype, metric, (const char *)codebook + h * K * D * size, K, D, memory);
+    const Codes codes(dtype, metric, (const char *)codebook + h * K * D * size, K, D, path, memory);
     if (!prepared && !codes.prepare()) return VQFAST_OUT_OF_MEMORY;
     vqfast_rows rows = x;
     rows.data = (const char *)x.data + h * stride_head * size;

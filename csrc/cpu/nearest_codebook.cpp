@@ -95,8 +95,16 @@ bool centre(const Codes &codes, const Source &source) {
 
 }  // namespace
 
-Codes::Codes(vqfast_dtype dtype, vqfast_metric metric, const void *codebook, int64_t K, int64_t D, void *memory)
-    : isa(kernels()), engine(isa.engine_for(D)), dtype(dtype), metric(metric), codebook((const char *)codebook), K(K), D(D) {
+Codes::Codes(vqfast_dtype dtype, vqfast_metric metric, const void *codebook, int64_t K, int64_t D,
+             const SearchPath &path, void *memory)
+    : isa(kernels()),
+      path(path),
+      engine(*isa.engines[path.engine]),
+      dtype(dtype),
+      metric(metric),
+      codebook((const char *)codebook),
+      K(K),
+      D(D) {
   char *at = (char *)memory;
   facts = (CodebookFacts *)at;
   mean = (double *)(at += cache_lines(sizeof(CodebookFacts)));
@@ -104,8 +112,8 @@ Codes::Codes(vqfast_dtype dtype, vqfast_metric metric, const void *codebook, int
   panels = at += cache_lines(n_panels() * engine.panel_codes * 4);
 }
 
-int64_t Codes::bytes(int64_t K, int64_t D) {
-  const Codes at_zero(VQFAST_F32, VQFAST_L2, nullptr, K, D, nullptr);
+int64_t Codes::bytes(int64_t K, int64_t D, const SearchPath &path) {
+  const Codes at_zero(VQFAST_F32, VQFAST_L2, nullptr, K, D, path, nullptr);
   return at_zero.panels - (char *)nullptr + cache_lines(at_zero.n_panels() * at_zero.engine.panel_bytes(D));
 }
 
@@ -165,6 +173,7 @@ bool Codes::prepare() const {
   facts->residual = std::sqrt(residual) + unit_error;
   facts->half_square = metric == VQFAST_L2 ? 0.5 * exact : 0;
   facts->first = first_finite < K ? first_finite : 0;
+  facts->engine = path.engine;
   return enough;
 }
 
@@ -173,15 +182,18 @@ bool Codes::prepare() const {
 using namespace vqfast;
 
 extern "C" int64_t vqfast_cpu_nearest_prepare_bytes(int64_t heads, int64_t D, int64_t K) {
-  return heads * Codes::bytes(K, D);
+  SearchPath path;
+  return choose_path(kManyRows, K, D, kAnyEngine, path) ? heads * Codes::bytes(K, D, path) : 0;
 }
 
 extern "C" int vqfast_cpu_nearest_prepare(vqfast_dtype dtype, vqfast_metric metric, int64_t heads, int64_t D,
                                           const void *codebook, int64_t K, void *prepared) {
   if (dtype < VQFAST_F32 || dtype > VQFAST_F16) return VQFAST_BAD_DTYPE;
+  SearchPath path;
+  if (!choose_path(kManyRows, K, D, kAnyEngine, path)) return VQFAST_BAD_SCORES;
   for (int64_t h = 0; h < heads; ++h) {
     const char *head = (const char *)codebook + h * K * D * element_size(dtype);
-    const Codes codes(dtype, metric, head, K, D, (char *)prepared + h * Codes::bytes(K, D));
+    const Codes codes(dtype, metric, head, K, D, path, (char *)prepared + h * Codes::bytes(K, D, path));
     if (!codes.prepare()) return VQFAST_OUT_OF_MEMORY;
   }
   return VQFAST_OK;

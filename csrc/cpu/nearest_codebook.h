@@ -5,6 +5,7 @@
 
 #include "convert.h"
 #include "dispatch.h"
+#include "nearest_path.h"
 #include "vqfast.h"
 
 namespace vqfast {
@@ -21,10 +22,12 @@ struct CodebookFacts {
   double half_square;   // max of the biases' magnitude
   double largest;       // magnitude of the largest finite component of the codebook
   int64_t first;        // lowest index of a finite code; 0 if there is none
+  int engine;           // of Kernels::engines, for which the codes are packed
 };
 
 struct Codes {
   const Kernels &isa;
+  const SearchPath path;
   const ScoreEngine &engine;
   vqfast_dtype dtype;
   vqfast_metric metric;
@@ -36,9 +39,10 @@ struct Codes {
   float *bias;   // one a code: -1/2 ||scale (c - mean)||^2 for l2, else 0; kNever past the end and where c is not finite
   char *panels;  // n_panels() of them
 
-  Codes(vqfast_dtype dtype, vqfast_metric metric, const void *codebook, int64_t K, int64_t D, void *memory);
+  Codes(vqfast_dtype dtype, vqfast_metric metric, const void *codebook, int64_t K, int64_t D, const SearchPath &path,
+        void *memory);
 
-  static int64_t bytes(int64_t K, int64_t D);  // of that memory, aligned to cache lines
+  static int64_t bytes(int64_t K, int64_t D, const SearchPath &path);  // of that memory, aligned to cache lines
 
   const void *code(int64_t k) const { return codebook + k * D * element_size(dtype); }
   int64_t n_panels() const { return (K + engine.panel_codes - 1) / engine.panel_codes; }

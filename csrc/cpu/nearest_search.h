@@ -27,10 +27,6 @@ constexpr int64_t kStripPanels = 32;        // whose maxima are read back while 
 constexpr int kMostCells = 12;
 constexpr int64_t kParallelProducts = 1 << 18;  // below, starting the threads costs more than they save
 
-// Panels a group. The more, the fewer maxima are written, and the more codes each leaves to compare, which costs most
-// where codes are long or few. Measured: kernels/nearest/README.md.
-inline int64_t group_for(int64_t n_panels, int64_t D) { return n_panels < 64 || D >= 128 ? 1 : D >= 32 ? 2 : 4; }
-
 // B(x): no score of this row differs from its real value by more. Infinite where one might overflow.
 inline double error_bound(const Codes &codes, const PackedNorm &row) {
   constexpr double u = 0x1p-24;
@@ -132,7 +128,7 @@ class Search {
   Search(const Codes &codes, bool exact, const Rows &rows)
       : codes_(codes), engine_(codes.engine), exact_(exact), rows_(rows) {
     const int64_t fit = std::max<int64_t>(1, kPartBytes / engine_.panel_bytes(codes.D));
-    group_ = std::min(group_for(codes.n_panels(), codes.D), fit);
+    group_ = std::min(codes.path.group, fit);
     strip_ = std::min(kStripPanels, fit) / group_ * group_;
     part_ = fit / strip_ * strip_;
     // A cache line more than there are, or the rows of a tile would share a few cache sets.

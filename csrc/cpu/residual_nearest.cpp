@@ -40,8 +40,11 @@ using namespace vqfast;
 extern "C" int vqfast_cpu_residual_nearest(vqfast_dtype dtype, vqfast_rows x, int64_t D, const void *codebooks,
                                            int64_t Q, int64_t stride_stage, int64_t K, const uint8_t *mask,
                                            int64_t *indices, void *quantized) {
-  const int64_t N = x.batch * x.rows, size = element_size(dtype), bytes = Codes::bytes(K, D);
+  const int64_t N = x.batch * x.rows, size = element_size(dtype);
   if (N == 0) return VQFAST_OK;
+  SearchPath path;
+  if (!choose_path(N, K, D, kAnyEngine, path)) return VQFAST_BAD_SCORES;
+  const int64_t bytes = Codes::bytes(K, D, path);
   // Stages of one codebook share what is prepared of it.
   const int64_t own = stride_stage == 0 ? 1 : Q;
   const Buffer<char> memory = buffer<char>(own * bytes);
@@ -50,7 +53,7 @@ extern "C" int vqfast_cpu_residual_nearest(vqfast_dtype dtype, vqfast_rows x, in
   try {
     for (int64_t q = 0; q < own; ++q)
       stages.emplace_back(dtype, VQFAST_L2, (const char *)codebooks + q * stride_stage * size, K, D,
-                          memory.get() + q * bytes);
+                          path, memory.get() + q * bytes);
   } catch (const std::bad_alloc &) {
     return VQFAST_OUT_OF_MEMORY;
   }

@@ -16,13 +16,13 @@ struct PackedNorm {
 };
 
 struct ScoreEngine {
-  const char *name;
+  const char *name;    // "float32", "tiles" or "bfloat16"
   int lanes;           // of a vector of scores
   int tile_rows;       // rows that are scored together
   int panel_codes;     // codes that are packed together: 2 lanes
   int element_size;    // bytes of a packed value
   int feature_block;   // features are padded with zeros to a multiple of this
-  int least_features;  // with fewer the float32 engine is faster
+  int least_features;  // with fewer the float32 engine is taken to be faster, where neither was measured
 
   // Packs scale (v - mean) of n vectors of D features side by side, n <= tile_rows or panel_codes; the places after them are zero. Without a mean,
   // each vector is scaled by a power of two of its own, that of binary_scale.h.

@@ -1,41 +1,11 @@
-#include <stdlib.h>
-#include <string.h>
-
 #include "nearest_choose.cuh"
 #include "nearest_hopper.h"
 #include "nearest_packing.cuh"
+#include "nearest_path.h"
 #include "nearest_tensor.cuh"
 
 namespace vqfast {
 namespace {
-
-enum class Scores { by_size, float32, bfloat16, hopper };
-
-// VQFAST_CUDA_SCORES; false where it names no kind of scores.
-bool read_scores(Scores &wanted) {
-  const char *name = getenv("VQFAST_CUDA_SCORES");
-  const auto is = [&](const char *kind) { return strcmp(name, kind) == 0; };
-  if (name == nullptr || is(""))
-    wanted = Scores::by_size;
-  else if (is("float32"))
-    wanted = Scores::float32;
-  else if (is("bfloat16"))
-    wanted = Scores::bfloat16;
-  else if (is("hopper"))
-    wanted = Scores::hopper;
-  else
-    return false;
-  return true;
-}
-
-// What scores are made of: what is wanted where it can serve, else the next best. Unmeasured: the size from which tensor
-// cores could fill their tiles; and products of warpgroups, which are left to whoever asks for them until a device has
-// shown that they are right.
-Scores choose_scores(Scores wanted, int64_t N, int64_t K, const TensorPlan &tensor, const HopperPlan &hopper) {
-  if (wanted == Scores::hopper && kHopperBuilt && hopper.groups > 0) return Scores::hopper;
-  if (wanted == Scores::float32 || tensor.stages == 0) return Scores::float32;
-  return wanted != Scores::by_size || (N >= 512 && K >= 512) ? Scores::bfloat16 : Scores::float32;
-}
 
 struct SearchMemory {
   SearchPlan plan;
@@ -58,7 +28,7 @@ struct SearchMemory {
       : plan(search_plan(N, D, K, limits)),
         tensor(tensor_plan(N, D, K, limits)),
         hopper(hopper_plan(N, D, K, limits)),
-        scores(choose_scores(wanted, N, K, tensor, hopper)) {
+        scores(choose_scores(wanted, N, K, D, tensor, hopper, kHopperBuilt, limits)) {
     Scratch scratch(base);
     state = scratch.take<SearchState>(1);
     codes.centre = scratch.take<float>(D);

@@ -21,7 +21,7 @@ enum {
   VQFAST_BAD_DTYPE = 1,
   VQFAST_OUT_OF_MEMORY = 2,
   VQFAST_OUT_OF_RANGE = 3, /* a value of the arguments; only the ops that say so look */
-  VQFAST_BAD_SCORES = 4,   /* VQFAST_CUDA_SCORES names no kind of scores */
+  VQFAST_BAD_SCORES = 4,   /* VQFAST_CPU_SCORES or VQFAST_CUDA_SCORES names no kind of scores */
   VQFAST_CUDA_ERROR = 1000 /* + cudaError_t */
 };
 
@@ -45,7 +45,7 @@ int vqfast_cpu_nearest(vqfast_dtype dtype, vqfast_metric metric, int exact, vqfa
                        const void *prepared, int64_t *indices, int64_t *reranked);
 
 /* The packed codebook and the facts of its bound, for many searches: `prepared` has prepare_bytes, aligned to 64, and is
- * read by this process only (its layout is that of the instruction set in use). */
+ * read by this process only (its layout is that of the path in use). 0 bytes: VQFAST_BAD_SCORES. */
 int64_t vqfast_cpu_nearest_prepare_bytes(int64_t heads, int64_t D, int64_t K);
 int vqfast_cpu_nearest_prepare(vqfast_dtype dtype, vqfast_metric metric, int64_t heads, int64_t D,
                                const void *codebook, int64_t K, void *prepared);

@@ -72,6 +72,20 @@ def test_gpu_goes_on_after_a_stage_that_fails_and_reports_it(device, monkeypatch
     assert gpu.main() == 0
 
 
+def test_gpu_builds_again_where_scores_have_changed_the_table_of_paths(device, monkeypatch):
+    table = device / "csrc" / "include" / "nearest_paths.inc"
+    table.parent.mkdir(parents=True)
+    table.write_text("old")
+    monkeypatch.setattr(gpu, "ROOT", device)
+    monkeypatch.setattr(gpu, "build", lambda session, until: "exit code 1")
+    session = gpu.Session(device, gpu.probe(), limit=60)
+    monkeypatch.setattr(session, "run", lambda command, until: ("out of time", []))
+    assert gpu.scores(session, time.time()) == "out of time" and not (device / table.name).exists()
+    monkeypatch.setattr(session, "run", lambda command, until: (str(table.write_text("new") - 3 or ""), []))
+    assert gpu.scores(session, time.time()) == "exit code 1" and (device / table.name).read_text() == "new"
+    session.log.close()
+
+
 def test_gpu_ends_a_program_that_outlasts_its_time_and_keeps_what_it_wrote(device):
     session = gpu.Session(device, gpu.probe(), limit=60)
     assert session.run([sys.executable, "-c", "print('one')"], time.time() + 30) == ("", ["one"])

@@ -1,5 +1,6 @@
-// The launch plans of csrc/cuda/launch.h for ctypes.
+// The launch plans of csrc/cuda/launch.h for ctypes, and the choice that nearest_path.h makes by them.
 #include "launch.h"
+#include "nearest_path.h"
 
 using namespace vqfast;
 
@@ -41,6 +42,26 @@ void hopper(int64_t N, int64_t D, int64_t K, const int64_t *device, int64_t *out
   const int64_t rest[] = {plan.groups, plan.panel, plan.panels,     plan.stages,     plan.with_bias,    plan.chunk,
                           plan.room,   plan.tile_codes, plan.code_tiles, plan.parts.splits, plan.parts.tiles_per_split};
   for (int i = 0; i < 11; ++i) out[4 + i] = rest[i];
+}
+
+// A device of which nothing was measured but four sizes with 64 features, and those with more than fit its tensor cores.
+constexpr PathsLine kLines[] = {
+    {"sm_80", {"float32", "bfloat16"}, 0, 0, 0, {}},
+    {nullptr, {}, 64, 64, 64, {2, 1}},
+    {"sm_90", {"float32", "bfloat16", "hopper"}, 0, 0, 0, {}},
+    {nullptr, {}, 64, 64, 64, {1, 2, 3}},
+    {nullptr, {}, 64, 4096, 64, {3, 1, 2}},
+    {nullptr, {}, 4096, 4096, 64, {3, 2, 1}},
+    {nullptr, {}, 4096, 64, 64, {3, 2, 0}},  // Hopper's was wrong
+    {nullptr, {}, 4096, 4096, 1024, {3, 2, 1}},
+    {nullptr, {}, 0, 0, 0, {}},
+};
+
+// out[0]: 1, 2 or 3 for scores in float32, bfloat16 or by warpgroups; `wanted` is one of them, or 0.
+void scores(int64_t N, int64_t D, int64_t K, int64_t wanted, int64_t hopper_built, const int64_t *device, int64_t *out) {
+  const DeviceLimits own = limits(device);
+  out[0] = (int64_t)choose_scores((Scores)wanted, N, K, D, tensor_plan(N, D, K, own), hopper_plan(N, D, K, own),
+                                  hopper_built != 0, own, kLines);
 }
 
 void softmax(int64_t rows, int64_t K, int64_t vector, int64_t bytes, const int64_t *device, int64_t *out) {

@@ -27,7 +27,8 @@ def plan(tmp_path_factory):
     library = tmp_path_factory.mktemp("plans") / "plans.so"
     source = Path(__file__).with_name("launch_plans.cpp")
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
-    subprocess.run([compiler, *flags, f"-I{ROOT / 'csrc/cuda'}", str(source), "-o", str(library)], check=True)
+    flags += [f"-I{ROOT / folder}" for folder in ("csrc/cuda", "csrc/include")]
+    subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
     fields = {
         "search": "row_tiles code_tiles splits tiles_per_split padded_codes padded_features exact_blocks".split(),
@@ -123,6 +124,36 @@ def test_only_capability_9_0_gets_warpgroups_products(plan):
     for device, capability in (((108, 163 << 10), 80), ((148, 227 << 10), 100), ((128, 99 << 10), 89)):
         assert plan("hopper", 8192, 64, 1024, device=device, capability=capability).groups == 0
     assert plan("hopper", 8192, 64, 1024, device=(132, 99 << 10)).groups in (0, 2, 3)
+
+
+FLOAT32, BFLOAT16, HOPPER = 1, 2, 3
+
+
+def test_scores_are_those_of_the_nearest_measured_size(plan):
+    def scores(N, K, D, wanted=0, hopper_built=1, capability=90) -> int:
+        return plan("scores", N, D, K, wanted, hopper_built, capability=capability).grid_x
+
+    # The sizes of kLines in launch_plans.cpp, and others next to them.
+    for N, K, D, fastest in (
+        (64, 64, 64, FLOAT32),
+        (1, 1, 1, FLOAT32),
+        (64, 4096, 64, BFLOAT16),
+        (511, 10**6, 64, BFLOAT16),
+        (4096, 4096, 64, HOPPER),
+        (10**6, 1024, 64, HOPPER),
+        (4096, 64, 64, BFLOAT16),
+    ):
+        assert scores(N, K, D) == fastest, (N, K, D)
+    # What cannot serve gives way to the next fastest; so does what is wanted by name.
+    assert scores(4096, 4096, 64, hopper_built=0) == BFLOAT16
+    assert scores(4096, 4096, 1024) == FLOAT32
+    assert [scores(64, 64, 64, wanted) for wanted in (FLOAT32, BFLOAT16, HOPPER)] == [FLOAT32, BFLOAT16, HOPPER]
+    assert scores(64, 64, 64, HOPPER, hopper_built=0) == BFLOAT16 and scores(64, 64, 1024, HOPPER) == FLOAT32
+    # Another device's lines are its own; without any, the rule.
+    assert scores(64, 64, 64, capability=80) == scores(10**5, 10**5, 64, capability=80) == BFLOAT16
+    for capability in (86, 100):
+        assert scores(512, 512, 64, capability=capability) == BFLOAT16
+        assert scores(511, 512, 64, capability=capability) == scores(512, 511, 64, capability=capability) == FLOAT32
 
 
 def test_few_rows_are_split_so_that_the_device_is_full(plan):

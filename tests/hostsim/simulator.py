@@ -46,7 +46,7 @@ def build(sanitizer: str = "memory") -> Path:
     if compiler is None:
         pytest.skip("no C++ compiler (g++ or CXX)")
     folder = ROOT / "build" / "hostsim" / sanitizer
-    headers = sorted([*ROOT.glob("csrc/include/*.h"), *ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("csrc/cuda/*.cuh")])
+    headers = sorted([*ROOT.glob("csrc/include/*"), *ROOT.glob("csrc/cuda/*.h"), *ROOT.glob("csrc/cuda/*.cuh")])
     headers += sorted(ROOT.glob("tests/hostsim/*.h"))
     sources = sorted([*ROOT.glob("csrc/cuda/*.cu"), *ROOT.glob("tests/hostsim/*.cpp")])
     flags = [*FLAGS, *SANITIZERS[sanitizer]]

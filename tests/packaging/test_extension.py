@@ -39,6 +39,17 @@ def test_files_with_their_own_instruction_set_export_no_weak_symbol(isa):
     assert f"vqfast::{isa}::" in symbols
 
 
+def test_a_change_of_the_table_of_search_paths_is_built():
+    ninja = pytest.importorskip("ninja")
+    if not (BUILD / "nearest_path.o").exists():
+        pytest.skip(f"nearest_path.o is not in {BUILD.relative_to(ROOT)}: vqfast was installed from a wheel")
+    program = Path(ninja.BIN_DIR) / "ninja"
+    deps = subprocess.run(
+        [program, "-t", "deps", "nearest_path.o"], cwd=BUILD, capture_output=True, text=True, check=True
+    )
+    assert "csrc/include/nearest_paths.inc" in deps.stdout
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_of_this_processor_gives_the_same_indices(isa):
     code = (

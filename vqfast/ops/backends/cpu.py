@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vqfast.kernels.nearest.library import by_product, serves
 from vqfast.kernels.transition_matmul.library import by_samples
 from vqfast.kernels.transition_matmul.reference import on_chain
 from vqfast.ops.backends.compiled import CompiledKernels
@@ -32,6 +33,27 @@ def unavailable(device_type: str) -> str | None:
 
 def unsupported(op: str, args: tuple) -> str | None:
     return None if op in KERNELS else f"it has no kernel for {op}"
+
+
+# Multiply-adds, N K D: with fewer a search is over before a library's product is called.
+_LEAST_UNFUSED = 1 << 18
+
+
+def _nearest(
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None = None,
+    prepared: Tensor | None = None,
+    metric: str = "l2",
+    exact: bool = True,
+) -> Tensor:
+    """Fused, or by the library's product where the table has that faster."""
+    products = x.numel() * codebook.shape[-2]
+    if products >= _LEAST_UNFUSED and serves(x, codebook, mask, prepared, metric, exact):
+        K, D = codebook.shape
+        if _cpu.nearest_path(x.numel() // D, K, D) == "unfused":
+            return by_product(x, codebook, metric, lambda rows: _COMPILED.nearest(rows, codebook, metric=metric))
+    return _COMPILED.nearest(x, codebook, mask, prepared, metric, exact)
 
 
 def _nearest_prepare(codebook: Tensor, metric: str) -> Tensor:
@@ -129,7 +151,9 @@ def _looks_at_values(op: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-KERNELS = CompiledKernels(_cpu).kernels() | {
+_COMPILED = CompiledKernels(_cpu)
+KERNELS = _COMPILED.kernels() | {
+    "nearest": _nearest,
     "nearest_prepare": _nearest_prepare,
     "residual_nearest": _residual_nearest,
     "transition_matmul": on_chain(partial(by_samples, multiply=_multiply)),

@@ -246,6 +246,10 @@ _VALUE_CHECKS = {
 _COSTLY_CHECKS = {"pack": capacity_holds, "unpack": covers_once}
 
 
+def has_value_checks(op: str) -> bool:
+    return op in _VALUE_CHECKS or op in _COSTLY_CHECKS
+
+
 def check_values(op: str, args: tuple, *, in_kernel: bool = False) -> None:
     """Raise ValueError where a value (not a shape) of an op's arguments is out of range.
 

@@ -19,7 +19,7 @@ import torch
 
 from vqfast.ops import schema
 from vqfast.ops.backends import cpu, cuda, reference, triton
-from vqfast.ops.checks import check_values
+from vqfast.ops.checks import check_values, has_value_checks
 
 BACKENDS: dict[str, ModuleType] = {b.NAME: b for b in sorted((cuda, triton, cpu, reference), key=lambda b: -b.PRIORITY)}
 
@@ -37,6 +37,12 @@ def status(device_type: str) -> dict[str, str | None]:
         )
         for name, b in BACKENDS.items()
     }
+
+
+@cache
+def _there(device_type: str) -> tuple[ModuleType, ...]:
+    """Those that can run, in the order to try them."""
+    return tuple(BACKENDS[name] for name, reason in status(device_type).items() if reason is None)
 
 
 def _listing(device_type: str) -> str:
@@ -85,16 +91,19 @@ def select(op: str, device_type: str, args: tuple) -> Callable[..., Any]:
         if reason is not None:
             raise ValueError(f"backend {_forced!r} cannot run {op} on these arguments: {reason}")
         return chosen.KERNELS[op]
-    for name, reason in status(device_type).items():
-        if reason is None and BACKENDS[name].unsupported(op, args) is None:
-            return BACKENDS[name].KERNELS[op]
+    for candidate in _there(device_type):
+        if candidate.unsupported(op, args) is None:
+            return candidate.KERNELS[op]
     raise ValueError(f"no backend runs {op} on {device_type} tensors; {_listing(device_type)}")
 
 
 def _dispatcher(op: str, device_type: str) -> Callable[..., Any]:
+    looked_at = has_value_checks(op)
+
     def run(*args: Any) -> Any:
         kernel = select(op, device_type, args)
-        check_values(op, args, in_kernel=hasattr(kernel, "looks_at_values"))
+        if looked_at:
+            check_values(op, args, in_kernel=hasattr(kernel, "looks_at_values"))
         return kernel(*args)
 
     def run_in_place(*args: Any) -> None:

@@ -143,8 +143,9 @@ def fastest(device: Device) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.search_paths", description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="keep the times as the library's table")
-    parser.add_argument("--rates", action="store_true", help="the op as it is, beside its scores alone")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--write", action="store_true", help="keep the times as the library's table")
+    what.add_argument("--rates", action="store_true", help="the op as it is, beside its scores alone")
     parser.add_argument("--seconds", type=float, default=0.6, help="per size")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # the instruction set of VQFAST_ISA
     args = parser.parse_args(argv)

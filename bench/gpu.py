@@ -9,8 +9,9 @@ Needs a python3 with torch, triton, numpy, pytest, pybind11, setuptools and ninj
     LIMIT   seconds for everything (default 540)
 
 A stage that fails does not stop the next ones. Exit code 0 if all went well, 1 if a stage failed, 2 without a device.
-To keep the figures, copy <device>.csv to bench/results/ and the chart to docs/. "scores" writes this device's
-lines of the table by which searches choose their path, csrc/include/nearest_paths.inc, and builds again.
+To keep the figures, copy <device>.csv to bench/results/, the chart to docs/ and nearest_paths.inc to csrc/include/:
+"scores" writes this device's lines of that table, by which searches choose their path, and builds again, so that the
+figures are of a build that reads them.
 """
 
 import json

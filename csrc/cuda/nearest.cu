@@ -28,7 +28,7 @@ struct SearchMemory {
       : plan(search_plan(N, D, K, limits)),
         tensor(tensor_plan(N, D, K, limits)),
         hopper(hopper_plan(N, D, K, limits)),
-        scores(choose_scores(wanted, N, K, D, tensor, hopper, kHopperBuilt, limits)) {
+        scores(choose_scores(wanted, N, K, D, tensor, hopper, kHopperBuilt, measured_shapes(limits.capability))) {
     Scratch scratch(base);
     state = scratch.take<SearchState>(1);
     codes.centre = scratch.take<float>(D);

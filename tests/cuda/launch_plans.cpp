@@ -60,8 +60,9 @@ constexpr PathsLine kLines[] = {
 // out[0]: 1, 2 or 3 for scores in float32, bfloat16 or by warpgroups; `wanted` is one of them, or 0.
 void scores(int64_t N, int64_t D, int64_t K, int64_t wanted, int64_t hopper_built, const int64_t *device, int64_t *out) {
   const DeviceLimits own = limits(device);
+  const MeasuredShapes shapes(("sm_" + std::to_string(own.capability)).c_str(), kLines);
   out[0] = (int64_t)choose_scores((Scores)wanted, N, K, D, tensor_plan(N, D, K, own), hopper_plan(N, D, K, own),
-                                  hopper_built != 0, own, kLines);
+                                  hopper_built != 0, shapes);
 }
 
 void softmax(int64_t rows, int64_t K, int64_t vector, int64_t bytes, const int64_t *device, int64_t *out) {

@@ -40,21 +40,17 @@ inline double error_bound(const Codes &codes, const PackedNorm &row) {
   return (sums + inputs) * (1 + 1e-6) + 0x1p-118 * steps * (1 + x + c.exact);
 }
 
-// The rows of one head. From one to the next, `mask_step` further in the mask, and `step` in the indices.
+// The rows of one head. From one to the next, `step` further in the indices.
 struct Rows {
   vqfast_dtype dtype;
   vqfast_rows x;
-  const uint8_t *mask;  // may be null
-  int64_t mask_step;
   int64_t *indices;
   int64_t step;
 
-  int64_t count() const { return x.batch * x.rows; }
   const void *row(int64_t n) const {
     const int64_t b = n < x.rows ? 0 : n / x.rows;
     return (const char *)x.data + (b * x.stride_batch + (n - b * x.rows) * x.stride_row) * element_size(dtype);
   }
-  bool masked(int64_t n) const { return mask && !mask[n * mask_step]; }
   int64_t &index(int64_t n) const { return indices[n * step]; }
 
   bool finite(int64_t n, int64_t D) const {
@@ -103,7 +99,7 @@ struct Scratch {
   Buffer<float> maxima;
   Buffer<int32_t> found;
   Buffer<double> wide;
-  std::vector<int64_t> rows;  // those of the chunk that are searched; the next two are of each of these
+  std::vector<int64_t> rows;  // of the chunk; the next two are of each of these
   std::vector<PackedNorm> norms;
   std::vector<Contest> contests;
   std::vector<int32_t> codes;
@@ -137,14 +133,8 @@ class Search {
 
   int64_t stride() const { return stride_; }
 
-  // Writes the indices of rows first..first+n-1; returns how many of them the scores have left open.
-  int64_t run(Scratch &m, int64_t first, int64_t n) const {
-    m.rows.clear();
-    for (int64_t row = first; row < first + n; ++row)
-      if (rows_.masked(row))
-        rows_.index(row) = -1;
-      else
-        m.rows.push_back(row);
+  // Writes the indices of m.rows; returns how many of them the scores have left open.
+  int64_t run(Scratch &m) const {
     pack(m);
     score(m);
     int64_t open = 0;

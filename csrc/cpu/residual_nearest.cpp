@@ -59,7 +59,7 @@ extern "C" int vqfast_cpu_residual_nearest(vqfast_dtype dtype, vqfast_rows x, in
   }
   for (const Codes &codes : stages)
     if (!codes.prepare()) return VQFAST_OUT_OF_MEMORY;
-  const Rows rows = {dtype, x, mask, 1, indices, Q};
+  const Rows rows = {dtype, x, indices, Q};
   bool enough = true;
   const bool known = with_element(dtype, [&](auto *type) {
     typedef std::remove_const_t<std::remove_pointer_t<decltype(type)>> T;
@@ -67,13 +67,18 @@ extern "C" int vqfast_cpu_residual_nearest(vqfast_dtype dtype, vqfast_rows x, in
       Residuals<T> residuals = {buffer<T>(n * D), (T *)quantized + first * D, D};
       if (!residuals.left) throw std::bad_alloc();
       residuals.begin(rows, first, n);
+      m.rows.clear();
+      for (int64_t i = 0; i < n; ++i)
+        if (!mask || mask[first + i])
+          m.rows.push_back(i);
+        else
+          std::fill_n(indices + (first + i) * Q, Q, -1);
       const vqfast_rows left = {residuals.left.get(), 1, n, 0, D, 1};
       for (int64_t q = 0; q < Q; ++q) {
         const Codes &codes = stages[q % own];
         int64_t *chosen = indices + first * Q + q;
-        Search(codes, true, {dtype, left, mask ? mask + first : nullptr, 1, chosen, Q}).run(m, 0, n);
-        for (int64_t i = 0; i < n; ++i)
-          if (chosen[i * Q] >= 0) residuals.move(i, (const T *)codes.code(chosen[i * Q]));
+        Search(codes, true, {dtype, left, chosen, Q}).run(m);
+        for (const int64_t i : m.rows) residuals.move(i, (const T *)codes.code(chosen[i * Q]));
       }
     };
     const int64_t stride = Search(stages[0], true, rows).stride();

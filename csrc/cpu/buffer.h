@@ -6,9 +6,9 @@
 #include <cstdlib>
 #include <memory>
 
-namespace vqfast {
+#include "cache.h"
 
-constexpr int64_t kCacheLine = 64;
+namespace vqfast {
 
 struct Free {
   void operator()(void *p) const { std::free(p); }

@@ -103,7 +103,7 @@ void sum_members(const Stats &s, const Members &members, int64_t first_code, int
         // The vectors of a code lie anywhere: their memory is asked for a few vectors ahead.
         if (i + j + kAhead < last) {
           const char *later = row_at(s.x, size, members.order[i + j + kAhead]) + first * size;
-          for (int64_t byte = 0; byte < (end - first) * size; byte += kCacheLine) __builtin_prefetch(later + byte);
+          prefetch(later, (end - first) * size);
         }
         rows[j] = row_at(s.x, size, members.order[i + j]) + first * size;
         count += weights[j] = s.weight(members.order[i + j]);

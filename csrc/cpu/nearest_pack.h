@@ -7,9 +7,10 @@
 #include <string.h>
 
 #include "binary_scale.h"
+#include "cache.h"
 #include "convert.h"
 #include "score_engine.h"
-#include "simd.h"
+#include "simd_elements.h"
 
 namespace vqfast::VQFAST_ISA {
 
@@ -18,41 +19,32 @@ namespace vqfast::VQFAST_ISA {
 
 // As many features at a time as a register has doubles: of a wider vector GCC converts one element after the other.
 constexpr int kWide = VQFAST_LANES / 2;
-typedef float vfw __attribute__((vector_size(2 * VQFAST_LANES)));
 typedef uint32_t vuw __attribute__((vector_size(2 * VQFAST_LANES)));
-typedef double vdw __attribute__((vector_size(4 * VQFAST_LANES)));
-typedef double vdw_unaligned __attribute__((vector_size(4 * VQFAST_LANES), aligned(8), may_alias));
 typedef float vfw_unaligned __attribute__((vector_size(2 * VQFAST_LANES), aligned(4), may_alias));
 
-static inline __attribute__((always_inline)) vdw widened(const double *v) { return *(const vdw_unaligned *)v; }
-static inline __attribute__((always_inline)) vdw widened(const float *v) {
-  return __builtin_convertvector(*(const vfw_unaligned *)v, vdw);
+static inline __attribute__((always_inline)) vd widened(const double *v) { return *(const vd_unaligned *)v; }
+static inline __attribute__((always_inline)) vd widened(const float *v) {
+  return to_doubles(*(const vfw_unaligned *)v);
 }
 template <class T>
-static inline __attribute__((always_inline)) vdw widened(const T *v) {
+static inline __attribute__((always_inline)) vd widened(const T *v) {
   vfw wide;
   for (int j = 0; j < kWide; ++j) wide[j] = widen(v[j]);
-  return __builtin_convertvector(wide, vdw);
-}
-
-static inline __attribute__((always_inline)) double sum_of(vdw v) {
-  double sum = v[0];
-  for (int j = 1; j < kWide; ++j) sum += v[j];
-  return sum;
+  return to_doubles(wide);
 }
 
 // The largest magnitude of a row; infinite if a value is NaN or infinite.
 template <class T>
 static inline __attribute__((always_inline)) double largest_magnitude(const T *row, int64_t stride_feature, int64_t D) {
-  vdw high = {}, bad = {};
+  vd high = {}, bad = {};
   int64_t d = 0;
   if (stride_feature == 1)
     for (; d + kWide <= D; d += kWide) {
-      const vdw v = widened(row + d), magnitude = v < 0 ? -v : v;
+      const vd v = widened(row + d), magnitude = v < 0 ? -v : v;
       high = magnitude > high ? magnitude : high;
       bad += v - v;  // NaN from the first value that is not finite
     }
-  double largest = 0, broken = sum_of(bad);
+  double largest = 0, broken = sum(bad);
   for (int j = 0; j < kWide; ++j) largest = high[j] > largest ? high[j] : largest;
   for (; d < D; ++d) {
     const double v = (double)widen(row[d * stride_feature]), magnitude = v < 0 ? -v : v;
@@ -62,6 +54,8 @@ static inline __attribute__((always_inline)) double largest_magnitude(const T *r
   return broken == 0 ? largest : (double)INFINITY;
 }
 
+constexpr int64_t kAhead = 2;  // vectors: their memory is asked for while these are packed
+
 // The difference and its scaling are float64; they round once, to the format (bfloat16 by way of float32).
 template <class Layout>
 static void pack_vectors(vqfast_dtype dtype, const void *const *vectors, int64_t n, int64_t D, const double *mean,
@@ -70,11 +64,12 @@ static void pack_vectors(vqfast_dtype dtype, const void *const *vectors, int64_t
   with_element(dtype, [&](auto *type) {
     for (int64_t i = 0; i < n; ++i) {
       const auto *row = (decltype(type))vectors[i];
+      if (i + kAhead < n) prefetch(vectors[i + kAhead], D * (int64_t)sizeof *row);
       const double factor = mean ? scale : scale_to_one(largest_magnitude(row, 1, D));
-      vdw rounded = {}, exact = {}, residual = {};
+      vd rounded = {}, exact = {}, residual = {};
       for (int64_t d = 0; d < D; d += kWide) {
         const int m = D - d < kWide ? (int)(D - d) : kWide;
-        vdw wide = {};
+        vd wide = {};
         if (m == kWide) {
           wide = mean ? (widened(row + d) - widened(mean + d)) * factor : widened(row + d) * factor;
         } else {
@@ -82,13 +77,13 @@ static void pack_vectors(vqfast_dtype dtype, const void *const *vectors, int64_t
             wide[j] = ((double)widen(row[d + j]) - (mean ? mean[d + j] : 0.0)) * factor;
         }
         const vfw values = Layout::round(__builtin_convertvector(wide, vfw));
-        const vdw back = __builtin_convertvector(values, vdw), rest = wide - back;
+        const vd back = to_doubles(values), rest = wide - back;
         rounded += back * back;
         exact += wide * wide;
         residual += rest * rest;
         Layout::put((typename Layout::Value *)packed, i, d, m, values);
       }
-      norms[i] = {sum_of(rounded), sum_of(exact), sum_of(residual)};
+      norms[i] = {sum(rounded), sum(exact), sum(residual)};
     }
   });
 }

@@ -11,24 +11,24 @@ namespace vqfast::VQFAST_ISA {
 static void feature_ranges(vqfast_dtype dtype, const void *codes, int64_t n, int64_t D, double share,
                            const FeatureRanges &ranges) {
   constexpr int64_t kBlock = 32;  // codes whose features are gone through kWide at a time, in registers
-  const vdw finite = (vdw){} + __DBL_MAX__;
+  const vd finite = (vd){} + __DBL_MAX__;
   with_element(dtype, [&](auto *type) {
     for (int64_t k0 = 0; k0 < n; k0 += kBlock) {
       const auto *block = (decltype(type))codes + k0 * D;
       const int64_t after = n - k0 < kBlock ? n - k0 : kBlock;
       for (int64_t d0 = 0; d0 < D; d0 += kWide) {
         const int m = D - d0 < kWide ? (int)(D - d0) : kWide;
-        vdw sum = {}, count = {}, least = finite, largest = -finite;
+        vd sum = {}, count = {}, least = finite, largest = -finite;
         for (int64_t k = 0; k < after; ++k) {
           const auto *at = block + k * D + d0;
-          vdw v = {};
+          vd v = {};
           if (m == kWide)
             v = widened(at);
           else
             for (int j = 0; j < m; ++j) v[j] = (double)widen(at[j]);
           const auto usable = (v <= finite) & (v >= -finite);
-          sum += usable ? v * share : (vdw){};
-          count += usable ? (vdw){} + 1.0 : (vdw){};
+          sum += usable ? v * share : (vd){};
+          count += usable ? (vd){} + 1.0 : (vd){};
           least = usable & (v < least) ? v : least;
           largest = usable & (v > largest) ? v : largest;
         }

@@ -4,16 +4,10 @@
 #include "convert.h"
 #include "simd.h"
 
-#if defined(__SSE__)
-#include <immintrin.h>
-#endif
-
 namespace vqfast::VQFAST_ISA {
 
 typedef uint16_t vs __attribute__((vector_size(2 * VQFAST_LANES)));
 typedef uint16_t vs_unaligned __attribute__((vector_size(2 * VQFAST_LANES), aligned(2), may_alias));
-typedef double vd __attribute__((vector_size(4 * VQFAST_LANES)));
-typedef double vd_unaligned __attribute__((vector_size(4 * VQFAST_LANES), aligned(8), may_alias));
 
 // What values of type T are computed in.
 template <class T>
@@ -87,12 +81,11 @@ static inline __attribute__((always_inline)) void load_doubles(const T *p, vd ou
     out[0] = load(p);
     out[1] = load(p + kLanes / 2);
   } else {
-    typedef float half __attribute__((vector_size(2 * VQFAST_LANES)));
     const vf v = load(p);
-    half parts[2];
+    vfw parts[2];
     __builtin_memcpy(parts, &v, sizeof v);
-    out[0] = __builtin_convertvector(parts[0], vd);
-    out[1] = __builtin_convertvector(parts[1], vd);
+    out[0] = to_doubles(parts[0]);
+    out[1] = to_doubles(parts[1]);
   }
 }
 

@@ -262,7 +262,7 @@ extern "C" int vqfast_cpu_lookup_backward(vqfast_dtype dtype, vqfast_rows grad_q
         if (indices[n] < 0)
           std::memset(out, 0, bytes);
         else
-          isa.lookup_grad(dtype, grad_tile[i], 2 * accumulator_at(dtype, grad_error, n), tile[i],
+          isa.lookup_grad(dtype, {grad_tile[i], 1, 0, 0}, 2 * accumulator_at(dtype, grad_error, n), tile[i],
                           (const char *)codebook + indices[n] * bytes, D, out);
       }
     }

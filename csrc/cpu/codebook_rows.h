@@ -1,6 +1,7 @@
 // Single vectors of D elements against a code: squared error, gradient, weighted sum.
 #pragma once
 
+#include "dispatch.h"
 #include "simd_elements.h"
 
 namespace vqfast::VQFAST_ISA {
@@ -32,23 +33,38 @@ static double squared_error(vqfast_dtype dtype, const void *x, const void *code,
   return error;
 }
 
+// The sum over a square, row by row, of what read(vector) gives.
+template <class T, class Read>
+static inline __attribute__((always_inline)) auto sum_of_square(const Square &square, Read read) {
+  const T *first = (const T *)square.first;
+  auto sum = read(first);
+  for (int64_t y = 0; y < square.edge; ++y)
+    for (int64_t x = !y; x < square.edge; ++x) sum += read(first + y * square.row + x * square.column);
+  return sum;
+}
+
 template <class T>
-static void lookup_grad_of(const T *grad, typename Wide<T>::scalar slope, const T *x, const T *code, int64_t D,
+static void lookup_grad_of(const Square &grad, typename Wide<T>::scalar slope, const T *x, const T *code, int64_t D,
                            void *out_row) {
   T *out = (T *)out_row;
   const auto factor = splat(slope);
   int64_t d = 0;
-  for (; d + kWidth<T> <= D; d += kWidth<T>) store(out + d, load(grad + d) + factor * (load(x + d) - load(code + d)));
-  if (const int n = D - d)
-    store_part(out + d, load_part(grad + d, n) + factor * (load_part(x + d, n) - load_part(code + d, n)), n);
+  for (; d + kWidth<T> <= D; d += kWidth<T>) {
+    const auto through = sum_of_square<T>(grad, [=](const T *v) { return load(v + d); });
+    store(out + d, through + factor * (load(x + d) - load(code + d)));
+  }
+  if (const int n = D - d) {
+    const auto through = sum_of_square<T>(grad, [=](const T *v) { return load_part(v + d, n); });
+    store_part(out + d, through + factor * (load_part(x + d, n) - load_part(code + d, n)), n);
+  }
 }
 
-// out = grad + slope (x - code).
-static void lookup_grad(vqfast_dtype dtype, const void *grad, double slope, const void *x, const void *code, int64_t D,
-                        void *out) {
+// out = sum of grad + slope (x - code).
+static void lookup_grad(vqfast_dtype dtype, const Square &grad, double slope, const void *x, const void *code,
+                        int64_t D, void *out) {
   with_element(dtype, [&](auto *type) {
     typedef decltype(type) Row;
-    lookup_grad_of((Row)grad, slope, (Row)x, (Row)code, D, out);
+    lookup_grad_of(grad, slope, (Row)x, (Row)code, D, out);
   });
 }
 

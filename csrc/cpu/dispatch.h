@@ -18,6 +18,12 @@ struct FeatureRanges {
   double *sum, *count, *least, *largest;
 };
 
+// Vectors that are added up: `edge` rows of `edge` each, so many elements from one to the next, and from row to row.
+struct Square {
+  const void *first;
+  int64_t edge, column, row;
+};
+
 constexpr int kMostEngines = 3;
 
 struct Kernels {
@@ -40,7 +46,7 @@ struct Kernels {
 
   // codebook_rows.h
   double (*squared_error)(vqfast_dtype dtype, const void *x, const void *code, int64_t D);
-  void (*lookup_grad)(vqfast_dtype dtype, const void *grad, double slope, const void *x, const void *code, int64_t D,
+  void (*lookup_grad)(vqfast_dtype dtype, const Square &grad, double slope, const void *x, const void *code, int64_t D,
                       void *out);
   void (*add_rows)(vqfast_dtype dtype, const void *const *rows, const double *weights, int64_t n, int64_t D,
                    double *sums);

@@ -104,18 +104,21 @@ extern "C" int vqfast_cpu_dynamic_lookup_backward(vqfast_dtype dtype, vqfast_row
   const bool known = with_element(dtype, [&](auto *type) {
     typedef std::remove_const_t<std::remove_pointer_t<decltype(type)>> T;
     const Vectors<T> vectors(features, D), grad(grad_quantized, D);
-    const int64_t positions = grid.factor() * grid.width(), elements = D + apart(vectors, grid) + apart(grad, grid);
+    const int64_t positions = grid.factor() * grid.width(), elements = apart(vectors, grid) + apart(grad, grid);
     code = with_rows<T>(grid, grains, D, elements, [&](const int64_t *map, int64_t begin, T *scratch) {
-      const Vectors<T> here = vectors.side_by_side(begin, positions, scratch + D);
-      const Vectors<T> back = grad.side_by_side(begin, positions, scratch + D + apart(vectors, grid));
+      const Vectors<T> here = vectors.side_by_side(begin, positions, scratch);
+      const Vectors<T> back = grad.side_by_side(begin, positions, scratch + apart(vectors, grid));
       with_codes(grid, map, begin, [&](int64_t first, int64_t edge) {
-        if (edge > 1) sum_square(back, first, grid.width(), edge, scratch);
+        // An image's rows lie as far apart as its first two.
+        const T *grads = back.row(first);
+        const Square square = {grads, edge, edge > 1 ? back.row(first + 1) - grads : 0,
+                               edge > 1 ? back.row(first + grid.width()) - grads : 0};
         T *out = (T *)grad_features;
         for (int64_t y = 0; y < edge; ++y)
           for (int64_t x = !y; x < edge; ++x)
             std::memset((void *)(out + (first + y * grid.width() + x) * D), 0, D * sizeof(T));
-        isa.lookup_grad(dtype, edge > 1 ? scratch : back.row(first), 2 * scalar_at(dtype, grad_error, first),
-                        here.row(first), (const T *)codebook + indices[first] * D, D, out + first * D);
+        isa.lookup_grad(dtype, square, 2 * scalar_at(dtype, grad_error, first), here.row(first),
+                        (const T *)codebook + indices[first] * D, D, out + first * D);
       });
     });
   });

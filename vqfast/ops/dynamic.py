@@ -1,5 +1,6 @@
 """Quantisation of images whose cells have different grains: every code is searched, counted and charged once."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -70,25 +71,33 @@ class _DynamicLookup(torch.autograd.Function):
         return grad_features, grad_codebook, *(None,) * 6
 
 
+@functools.cache
+def _first_grain(num_grains: int) -> Tensor:
+    """(F, F) int64, F = 2^(G-1): the coarsest grain of which a code has its top left at this position of a cell."""
+    along = torch.arange(2 ** (num_grains - 1))
+    both = along[:, None] | along
+    starts = [both % 2 ** (num_grains - 1 - grain) == 0 for grain in range(num_grains)]
+    return num_grains - torch.stack(starts).sum(0)
+
+
+def _holds_code(grains: Tensor, num_grains: int) -> Tensor:
+    """(B, Hf, Wf) bool: whether a position of the fine grid is the top left of a code."""
+    (B, Hc, Wc), F = grains.shape, 2 ** (num_grains - 1)
+    return (grains[:, :, None, :, None] >= _first_grain(num_grains)[:, None, :]).reshape(B, Hc * F, Wc * F)
+
+
 def _in_place(
     features: Tensor, grains: Tensor, codebook: Tensor, num_grains: int, order: str, beta: float, codebook_weight: float
 ) -> DynamicQuantized:
     """On the host: a search of the vectors that are codes, where they lie. Nothing of their size is packed."""
-    grid = features.shape[:3]
-    rows = pack(torch.arange(grid.numel()).view(grid), grains, order=order)
-    used = int(rows.cu_seqlens[-1])
-    each = rows.values[:used]
-    taken = torch.zeros(grid.numel(), dtype=torch.bool).index_fill_(0, each, True).view(grid)
-    chosen = nearest_code(features, codebook, mask=taken)
-    values = torch.zeros_like(rows.values)
-    torch.index_select(chosen.view(-1), 0, each, out=values[:used])
-    codes = rows._replace(values=values)
+    chosen = nearest_code(features, codebook, mask=_holds_code(grains, num_grains))
+    codes = pack(chosen, grains, order=order)
     indices = unpack(codes, grains, num_grains=num_grains)
     quantized, error, counts = _DynamicLookup.apply(
         features, codebook, indices, chosen, grains, num_grains, float(beta), float(codebook_weight)
     )
-    loss = ordered_sum(error) / max(used * features.shape[-1], 1)
-    return DynamicQuantized(quantized, indices, loss, counts, codes, chosen)
+    elements = int(codes.cu_seqlens[-1]) * features.shape[-1]
+    return DynamicQuantized(quantized, indices, ordered_sum(error) / max(elements, 1), counts, codes, chosen)
 
 
 def _in_packed_space(

@@ -63,7 +63,7 @@ __global__ void nearest_choose(vqfast_metric metric, int exact, Rows<T> x, int64
     for (int64_t s = 0; s < splits; ++s) best = fmaxf(best, kept.best[s * n + i]);
     const float least = least_within(best, reaches[i]);
     for (int64_t s = 0; s < splits; ++s)
-      known = known && (!exact || kept.count[s * n + i] <= kKept || kept.best[s * n + i] < least);
+      known = known && (kept.count[s * n + i] <= kKept || kept.best[s * n + i] < least);
     if (!known) {
       if (lane == 0) {
         const unsigned long long at = atomicAdd(&state->open, 1ull);

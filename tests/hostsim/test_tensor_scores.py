@@ -82,6 +82,14 @@ def test_more_equal_codes_than_a_row_has_room_for():
     assert_found([(x, ties), (x, nearing), (x, nearing.flip(0)), (x, codebook[:1].repeat(700, 1))])
 
 
+def test_a_fast_search_does_not_depend_on_the_order_of_the_threads():
+    """Though more codes tie than a row has room for, and come in in another order."""
+    x, codebook = random_pair(40, 20, 24)
+    calls = [simulator.nearest(x, codebook.repeat(60, 1), exact=False)]
+    found = [simulator.run(calls, order=order)[0][0] for order in range(3)]
+    assert all(torch.equal(indices, found[0]) for indices in found)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_scales_and_offsets(metric):
     x, codebook = random_pair(40, 60, 10)

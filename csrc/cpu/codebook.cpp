@@ -14,7 +14,7 @@
 namespace vqfast {
 namespace {
 
-constexpr int64_t kTileRows = 32;
+constexpr int64_t kTileRows = kMostTogether;
 
 double accumulator_at(vqfast_dtype dtype, const void *values, int64_t i) {
   return dtype == VQFAST_F64 ? ((const double *)values)[i] : ((const float *)values)[i];

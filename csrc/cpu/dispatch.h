@@ -40,7 +40,7 @@ struct Kernels {
   // nearest_decide.h
   float (*largest_score)(const float *scores, int64_t n, float least);
   int64_t (*find_scores)(const float *scores, int64_t n, float threshold, int32_t *found);
-  void (*widen_row)(vqfast_dtype dtype, const void *row, int64_t stride_feature, int64_t D, double scale, double *wide);
+  void (*widen_row)(vqfast_dtype dtype, const void *row, int64_t D, double scale, double *wide);
   double (*distance)(vqfast_dtype dtype, const double *row, const void *code, double scale, int64_t D);
   Products (*products)(vqfast_dtype dtype, const double *row, const void *code, double scale, int64_t D);
 
@@ -50,6 +50,10 @@ struct Kernels {
                       void *out);
   void (*add_rows)(vqfast_dtype dtype, const void *const *rows, const double *weights, int64_t n, int64_t D,
                    double *sums);
+
+  // gather_rows.h
+  void (*gather)(int64_t size, const void **vectors, int64_t n, int64_t D, int64_t stride_feature, void *to,
+                 int64_t pitch);
 
   // diffusion_rows.h; n is K rounded up to whole vectors
   float (*load_scores)(vqfast_dtype dtype, const void *row, int64_t K, float *scores);

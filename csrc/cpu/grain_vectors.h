@@ -32,7 +32,7 @@ struct Vectors {
   // not read where features are side by side already.
   Vectors side_by_side(int64_t first, int64_t n, T *scratch) const {
     if (stride_feature == 1) return *this;
-    constexpr int64_t kTogether = 32;
+    constexpr int64_t kTogether = kMostTogether;
     Vectors gathered = *this;
     gathered.rows = INT64_MAX;
     gathered.stride_row = gathered_pitch(D, sizeof(T));

@@ -66,15 +66,13 @@ static int64_t find_scores(const float *scores, int64_t n, float threshold, int3
 }
 
 // A row in float64, times `scale`; times a power of two of its own where that is 0.
-static void widen_row(vqfast_dtype dtype, const void *row, int64_t stride_feature, int64_t D, double scale,
-                      double *wide) {
+static void widen_row(vqfast_dtype dtype, const void *row, int64_t D, double scale, double *wide) {
   with_element(dtype, [&](auto *type) {
     const auto *x = (decltype(type))row;
-    const double factor = scale != 0 ? scale : scale_to_one(largest_magnitude(x, stride_feature, D));
+    const double factor = scale != 0 ? scale : scale_to_one(largest_magnitude(x, D));
     int64_t d = 0;
-    if (stride_feature == 1)
-      for (; d + kWide <= D; d += kWide) *(vd_unaligned *)(wide + d) = widened(x + d) * factor;
-    for (; d < D; ++d) wide[d] = (double)widen(x[d * stride_feature]) * factor;
+    for (; d + kWide <= D; d += kWide) *(vd_unaligned *)(wide + d) = widened(x + d) * factor;
+    for (; d < D; ++d) wide[d] = (double)widen(x[d]) * factor;
   });
 }
 

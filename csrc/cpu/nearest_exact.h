@@ -24,10 +24,10 @@ struct ExactRow {
   const Codes &codes;
   double *wide;  // (D)
 
-  ExactRow(const Codes &codes, const void *row, int64_t stride_feature, double *wide) : codes(codes), wide(wide) {
+  ExactRow(const Codes &codes, const void *row, double *wide) : codes(codes), wide(wide) {
     // Distances need one scale for rows and codes; products and cosines only lose a factor that all codes share.
     const double scale = codes.metric == VQFAST_L2 ? codes.facts->scale : 0;
-    codes.isa.widen_row(codes.dtype, row, stride_feature, codes.D, scale, wide);
+    codes.isa.widen_row(codes.dtype, row, codes.D, scale, wide);
   }
 
   double code_scale(int64_t k) const {
@@ -75,11 +75,11 @@ struct ExactRow {
 };
 
 // The nearest of the codes found, which are in order: the lowest index among equals; 0 if there are none.
-inline int64_t nearest_of(const Codes &codes, const void *row, int64_t stride_feature,
-                          const std::vector<int32_t> &found, double *wide, std::vector<Estimate> &estimates) {
+inline int64_t nearest_of(const Codes &codes, const void *row, const std::vector<int32_t> &found, double *wide,
+                          std::vector<Estimate> &estimates) {
   const size_t n = found.size();
   if (n == 1) return found[0];
-  const ExactRow exact(codes, row, stride_feature, wide);
+  const ExactRow exact(codes, row, wide);
   estimates.resize(n);
   double limit = -std::numeric_limits<double>::infinity();  // the nearest is worth at least this
   for (size_t i = 0; i < n; ++i) {

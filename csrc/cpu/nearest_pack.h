@@ -26,28 +26,36 @@ static inline __attribute__((always_inline)) vd widened(const double *v) { retur
 static inline __attribute__((always_inline)) vd widened(const float *v) {
   return to_doubles(*(const vfw_unaligned *)v);
 }
-template <class T>
-static inline __attribute__((always_inline)) vd widened(const T *v) {
+static inline __attribute__((always_inline)) vd widened(const bf16 *v) {
+  typedef uint16_t half_unaligned __attribute__((vector_size(VQFAST_LANES), aligned(2), may_alias));
+  return to_doubles((vfw)(__builtin_convertvector(*(const half_unaligned *)v, vuw) << 16));
+}
+static inline __attribute__((always_inline)) vd widened(const f16 *v) {
+#if defined(__F16C__) && VQFAST_LANES == 16
+  return to_doubles((vfw)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)v)));
+#elif defined(__F16C__) && VQFAST_LANES == 8
+  return to_doubles((vfw)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)v)));
+#else
   vfw wide;
   for (int j = 0; j < kWide; ++j) wide[j] = widen(v[j]);
   return to_doubles(wide);
+#endif
 }
 
 // The largest magnitude of a row; infinite if a value is NaN or infinite.
 template <class T>
-static inline __attribute__((always_inline)) double largest_magnitude(const T *row, int64_t stride_feature, int64_t D) {
+static inline __attribute__((always_inline)) double largest_magnitude(const T *row, int64_t D) {
   vd high = {}, bad = {};
   int64_t d = 0;
-  if (stride_feature == 1)
-    for (; d + kWide <= D; d += kWide) {
-      const vd v = widened(row + d), magnitude = v < 0 ? -v : v;
-      high = magnitude > high ? magnitude : high;
-      bad += v - v;  // NaN from the first value that is not finite
-    }
+  for (; d + kWide <= D; d += kWide) {
+    const vd v = widened(row + d), magnitude = v < 0 ? -v : v;
+    high = magnitude > high ? magnitude : high;
+    bad += v - v;  // NaN from the first value that is not finite
+  }
   double largest = 0, broken = sum(bad);
   for (int j = 0; j < kWide; ++j) largest = high[j] > largest ? high[j] : largest;
   for (; d < D; ++d) {
-    const double v = (double)widen(row[d * stride_feature]), magnitude = v < 0 ? -v : v;
+    const double v = (double)widen(row[d]), magnitude = v < 0 ? -v : v;
     largest = magnitude > largest ? magnitude : largest;
     broken += v - v;
   }
@@ -65,7 +73,7 @@ static void pack_vectors(vqfast_dtype dtype, const void *const *vectors, int64_t
     for (int64_t i = 0; i < n; ++i) {
       const auto *row = (decltype(type))vectors[i];
       if (i + kAhead < n) prefetch(vectors[i + kAhead], D * (int64_t)sizeof *row);
-      const double factor = mean ? scale : scale_to_one(largest_magnitude(row, 1, D));
+      const double factor = mean ? scale : scale_to_one(largest_magnitude(row, D));
       vd rounded = {}, exact = {}, residual = {};
       for (int64_t d = 0; d < D; d += kWide) {
         const int m = D - d < kWide ? (int)(D - d) : kWide;

@@ -52,16 +52,16 @@ struct Rows {
     return (const char *)x.data + (b * x.stride_batch + (n - b * x.rows) * x.stride_row) * element_size(dtype);
   }
   int64_t &index(int64_t n) const { return indices[n * step]; }
-
-  bool finite(int64_t n, int64_t D) const {
-    bool all = true;
-    with_element(dtype, [&](auto *type) {
-      const auto *values = (decltype(type))row(n);
-      for (int64_t d = 0; d < D; ++d) all &= std::isfinite((double)widen(values[d * x.stride_feature]));
-    });
-    return all;
-  }
 };
+
+inline bool finite(vqfast_dtype dtype, const void *vector, int64_t D) {
+  bool all = true;
+  with_element(dtype, [&](auto *type) {
+    const auto *values = (decltype(type))vector;
+    for (int64_t d = 0; d < D; ++d) all &= std::isfinite((double)widen(values[d]));
+  });
+  return all;
+}
 
 // What is known of a row while its scores come in. A cell is what one lane of a group of panels stands for: 2 * group
 // codes, of which the scores tell the largest only.
@@ -95,11 +95,12 @@ struct Contest {
 // One thread's memory for a chunk of rows. Allocation throws std::bad_alloc.
 struct Scratch {
   Buffer<char> tiles;
-  Buffer<char> gathered;  // rows of a tile whose features lie apart
+  Buffer<char> gathered;  // rows whose features lie apart
   Buffer<float> maxima;
   Buffer<int32_t> found;
   Buffer<double> wide;
-  std::vector<int64_t> rows;  // of the chunk; the next two are of each of these
+  std::vector<int64_t> rows;  // of the chunk; the next three are of each of these
+  std::vector<const void *> vectors;  // in place, or gathered
   std::vector<PackedNorm> norms;
   std::vector<Contest> contests;
   std::vector<int32_t> codes;
@@ -107,6 +108,7 @@ struct Scratch {
 
   void allocate(const Codes &codes, int64_t rows, int64_t stride) {
     const ScoreEngine &engine = codes.engine;
+    vectors.resize(rows);
     norms.resize(rows);
     contests.resize(rows);
     maxima = buffer<float>(engine.tile_rows * stride);
@@ -153,16 +155,20 @@ class Search {
   // Packs the rows, and opens their contests.
   void pack(Scratch &m) const {
     const int64_t width = engine_.tile_rows, n = m.rows.size();
-    const void *vectors[kMostTogether];
+    const int64_t together = kMostTogether / width * width;  // whole tiles, of which several share cache lines
     const int64_t apart = rows_.x.stride_feature, size = element_size(codes_.dtype);
-    if (apart != 1 && !m.gathered) m.gathered = buffer<char>(width * gathered_pitch(codes_.D, size) * size);
+    const int64_t bytes = gathered_pitch(codes_.D, size) * size;
+    if (apart != 1 && !m.gathered) m.gathered = buffer<char>(m.vectors.size() * bytes);
     if (apart != 1 && !m.gathered) throw std::bad_alloc();
-    for (int64_t i = 0; i < n; i += width) {
-      const int64_t count = std::min(width, n - i);
+    for (int64_t i = 0; i < n; i += together) {
+      const int64_t count = std::min(together, n - i);
+      const void **vectors = &m.vectors[i];
       for (int64_t j = 0; j < count; ++j) vectors[j] = rows_.row(m.rows[i + j]);
-      if (apart != 1) gather(size, vectors, count, codes_.D, apart, m.gathered.get());
-      engine_.pack_tile(codes_.dtype, vectors, count, codes_.D, codes_.row_mean(), codes_.facts->scale,
-                        m.tiles.get() + i / width * engine_.tile_bytes(codes_.D), &m.norms[i]);
+      if (apart != 1) gather(size, vectors, count, codes_.D, apart, m.gathered.get() + i * bytes);
+      for (int64_t j = 0; j < count; j += width)
+        engine_.pack_tile(codes_.dtype, vectors + j, std::min(width, count - j), codes_.D, codes_.row_mean(),
+                          codes_.facts->scale, m.tiles.get() + (i + j) / width * engine_.tile_bytes(codes_.D),
+                          &m.norms[i + j]);
     }
     for (int64_t i = 0; i < n; ++i) {
       const double bound = error_bound(codes_, m.norms[i]);
@@ -182,44 +188,45 @@ class Search {
                         codes_.D, panels, group_, stride_, m.maxima.get());
           const int64_t n_maxima = (panels + group_ - 1) / group_ * lanes;
           for (int64_t r = 0; r < std::min(width, n - i); ++r)
-            take(m, m.rows[i + r], m.contests[i + r], m.maxima.get() + r * stride_, n_maxima, p / group_ * lanes);
+            take(m, i + r, m.maxima.get() + r * stride_, n_maxima, p / group_ * lanes);
         }
   }
 
-  // The maxima of cells first_cell.. of a row.
-  void take(Scratch &m, int64_t row, Contest &contest, const float *maxima, int64_t n, int64_t first_cell) const {
+  // The maxima of cells first_cell.. of row m.rows[i].
+  void take(Scratch &m, int64_t i, const float *maxima, int64_t n, int64_t first_cell) const {
+    Contest &contest = m.contests[i];
     const float top = codes_.isa.largest_score(maxima, n, contest.least);
     if (top == kNever) return;
     if (top > contest.best) contest.raise(top);
     const int64_t count = codes_.isa.find_scores(maxima, n, contest.least, m.found.get());
     for (int64_t j = 0; j < count; ++j) {
       if (contest.n_cells == kMostCells) contest.drop_losers();
-      if (contest.n_cells == kMostCells) settle(m, row, contest);
+      if (contest.n_cells == kMostCells) settle(m, i);
       contest.cells[contest.n_cells] = (int32_t)first_cell + m.found[j];
       contest.scores[contest.n_cells++] = maxima[m.found[j]];
     }
   }
 
   // Compares the codes of a contest's cells by what they are in truth; one is left.
-  void settle(Scratch &m, int64_t row, Contest &contest) const {
+  void settle(Scratch &m, int64_t i) const {
+    Contest &contest = m.contests[i];
     m.codes.clear();
     if (contest.winner >= 0) m.codes.push_back(contest.winner);
-    for (int32_t i = 0; i < contest.n_cells; ++i) {
-      const int64_t group = contest.cells[i] / engine_.lanes, lane = contest.cells[i] % engine_.lanes;
+    for (int32_t c = 0; c < contest.n_cells; ++c) {
+      const int64_t group = contest.cells[c] / engine_.lanes, lane = contest.cells[c] % engine_.lanes;
       const int64_t begin = group * group_ * engine_.panel_codes, end = begin + group_ * engine_.panel_codes;
       for (int64_t k = begin + lane; k < std::min(end, codes_.K); k += engine_.lanes)
         if (codes_.bias[k] != kNever) m.codes.push_back((int32_t)k);
     }
     std::sort(m.codes.begin(), m.codes.end());
-    contest.winner = (int32_t)nearest_of(codes_, rows_.row(row), rows_.x.stride_feature, m.codes, m.wide.get(), m.estimates);
+    contest.winner = (int32_t)nearest_of(codes_, m.vectors[i], m.codes, m.wide.get(), m.estimates);
     contest.n_cells = 0;
   }
 
   // Writes the index of row m.rows[i]; true where the scores have left it open.
   bool decide(Scratch &m, int64_t i) const {
-    const int64_t row = m.rows[i];
     Contest &contest = m.contests[i];
-    int64_t &index = rows_.index(row);
+    int64_t &index = rows_.index(m.rows[i]);
     index = 0;
     // A row of zeros has the same product and the same cosine with every code.
     if (codes_.metric != VQFAST_L2 && m.norms[i].exact == 0) {
@@ -227,16 +234,16 @@ class Search {
       return false;
     }
     if (!std::isfinite(contest.reach)) {
-      if (!rows_.finite(row, codes_.D)) return exact_;
+      if (!finite(codes_.dtype, m.vectors[i], codes_.D)) return exact_;
       m.codes.clear();
       for (int64_t k = 0; k < codes_.K; ++k)
         if (codes_.bias[k] != kNever) m.codes.push_back((int32_t)k);
-      index = nearest_of(codes_, rows_.row(row), rows_.x.stride_feature, m.codes, m.wide.get(), m.estimates);
+      index = nearest_of(codes_, m.vectors[i], m.codes, m.wide.get(), m.estimates);
       return exact_;
     }
     contest.drop_losers();
     const bool open = exact_ && (contest.n_cells > 1 || contest.winner >= 0);
-    if (contest.n_cells > 0) settle(m, row, contest);
+    if (contest.n_cells > 0) settle(m, i);
     if (contest.winner >= 0) index = contest.winner;
     return open;
   }

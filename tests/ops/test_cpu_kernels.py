@@ -99,6 +99,46 @@ def test_a_view_gives_what_its_contiguous_copy_gives(layout, dtype):
         torch.testing.assert_close(got, want, rtol=1e-6 if dtype != torch.float64 else 1e-14, atol=1e-6)
 
 
+GATHERED = """
+import torch, vqfast
+from vqfast import _cpu
+from vqfast.ops import nearest_code
+print(_cpu.isa())
+g = torch.Generator().manual_seed(0)
+lookup = torch.ops.vqfast.lookup
+with vqfast.backend("cpu"):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for D in (1, 15, 16, 33, 70):
+            codebook = torch.randn(20, D, generator=g).to(dtype)
+            for place in ((1, 1), (1, 2), (1, 4), (1, 8), (3, 7), (9, 15)):
+                x = torch.randn(3, D, *place, generator=g).to(dtype)
+                # From another row of memory on; some vectors twice, some left out.
+                views = (x, x[:, :, 1:], x[..., ::2], x[:1, ..., None].expand(1, D, *place, 2), x.transpose(2, 3))
+                for view in (view.movedim(1, -1) for view in views):
+                    rows = view.contiguous()
+                    mask = torch.rand(view.shape[:-1], generator=g) > 0.5
+                    indices = nearest_code(rows, codebook)
+                    assert torch.equal(nearest_code(view, codebook), indices)
+                    assert torch.equal(nearest_code(view, codebook, mask=mask), torch.where(mask, indices, -1))
+                    for got, want in zip(lookup(view, codebook, indices), lookup(rows, codebook, indices)):
+                        assert torch.equal(got, want), (dtype, D, place, view.shape)
+"""
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_features_that_lie_apart_are_gathered_right_with_each_instruction_set(isa):
+    run = subprocess.run(
+        [sys.executable, "-c", GATHERED],
+        env=os.environ | {"VQFAST_ISA": isa, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    if run.stdout.split() != [isa]:
+        pytest.skip(f"this processor has no {isa}")
+
+
 def test_an_expanded_gradient_is_read_in_place():
     _, grad_error, x, codebook, indices = backward_inputs(dict(N=64, K=5, D=20), torch.float32, "cpu", seed=0)
     ones = torch.ones(()).expand(64, 20)

@@ -68,6 +68,27 @@ static void lookup_grad(vqfast_dtype dtype, const Square &grad, double slope, co
   });
 }
 
+template <class T>
+static void move_residual_of(const T *code, int64_t D, void *rest_row, void *total_row) {
+  T *rest = (T *)rest_row, *total = (T *)total_row;
+  int64_t d = 0;
+  for (; d + kWidth<T> <= D; d += kWidth<T>) {
+    const auto moved = load(code + d);
+    store(rest + d, load(rest + d) - moved);
+    store(total + d, load(total + d) + moved);
+  }
+  if (const int n = D - d) {
+    const auto moved = load_part(code + d, n);
+    store_part(rest + d, load_part(rest + d, n) - moved, n);
+    store_part(total + d, load_part(total + d, n) + moved, n);
+  }
+}
+
+// rest -= code and total += code, each rounded to the dtype.
+static void move_residual(vqfast_dtype dtype, const void *code, int64_t D, void *rest, void *total) {
+  with_element(dtype, [&](auto *type) { move_residual_of((decltype(type))code, D, rest, total); });
+}
+
 // Features d..d + kVectors kLanes - 1, their sums in registers.
 template <int kVectors, class T>
 static inline void add_columns(const void *const *rows, const double *weights, int64_t n, int64_t d, double *sums) {

@@ -16,7 +16,7 @@ const Kernels table = {
 #define VQFAST_STRING_(x) #x
 #define VQFAST_STRING(x) VQFAST_STRING_(x)
     VQFAST_STRING(VQFAST_ISA), kLanes, {&float32::engine}, feature_ranges, largest_score, find_scores,
-    widen_row, distance, products, squared_error, lookup_grad, move_residual, add_rows, gather,
+    widen_row, distance, products, squared_error, lookup_grad, sum_square, move_residual, add_rows, gather,
     load_scores, exp_scores, log1p_scores, grad_scores, store_scores, scale_row,
     guide_scores, count_scores, mass_scores, keep_scores, sum_scores, add_bins,
     kMatrixRows, kMatrixPanel, pack_matrix, multiply_rows, load_wide_scores, exp_wide_scores, subtract_logs,

@@ -153,40 +153,50 @@ int sum_by_code(const Stats &s, int64_t N) {
   return VQFAST_OK;
 }
 
-// Features that lie apart (channel-first): a few of them at a time for all vectors, which are read in their order.
-template <class T>
-int sum_by_feature(const T *data, const Stats &s, int64_t N) {
-  constexpr int64_t kFeatures = 8;
-  const vqfast_rows &x = s.x;
-  const int64_t blocks = (s.D + kFeatures - 1) / kFeatures;
+// Features that lie apart (channel-first): some of them at a time for all vectors, which are read in their order.
+int sum_by_feature(const Stats &s, int64_t N) {
+  constexpr int64_t kTableBytes = 512 << 10, kFewest = 8, kMost = 64;  // of sums; features at a time
+  const Kernels &isa = kernels();
+  const int64_t size = element_size(s.dtype), fit = kTableBytes / (s.K * (int64_t)sizeof(double));
+  const int64_t fair = (s.D + omp_get_max_threads() - 1) / omp_get_max_threads();
+  const int64_t features = std::clamp(std::min(fit, fair) / kFewest * kFewest, kFewest, kMost);
+  const int64_t blocks = (s.D + features - 1) / features;
   bool enough = true;
 #pragma omp parallel reduction(&& : enough) if (N * s.D + s.K * s.D > kParallelElements)
   {
-    Buffer<double> sums = buffer<double>(s.K * kFeatures);
+    const Buffer<double> sums = buffer<double>(s.K * features);
     enough = sums != nullptr;
 #pragma omp for schedule(dynamic)
     for (int64_t block = -1; block < blocks; ++block) {
       if (!sums) continue;
-      std::fill(sums.get(), sums.get() + s.K * kFeatures, 0.0);
+      std::fill(sums.get(), sums.get() + s.K * features, 0.0);
       if (block < 0) {
         for (int64_t n = 0; n < N; ++n)
           if (s.indices[n] >= 0) sums[s.indices[n]] += s.weight(n);
         for (int64_t k = 0; k < s.K; ++k) set_accumulator(s.dtype, s.counts, k, sums[k]);
         continue;
       }
-      const int64_t first = block * kFeatures, width = std::min(kFeatures, s.D - first);
-      int64_t n = 0;
-      for (int64_t b = 0; b < x.batch; ++b)
-        for (int64_t r = 0; r < x.rows; ++r, ++n) {
-          if (s.indices[n] < 0) continue;
-          const double weight = s.weight(n);
-          const T *row = data + b * x.stride_batch + r * x.stride_row + first * x.stride_feature;
-          double *sum = sums.get() + s.indices[n] * kFeatures;
-          for (int64_t f = 0; f < width; ++f) sum[f] += weight * (double)widen(row[f * x.stride_feature]);
+      const int64_t first = block * features, width = std::min(features, s.D - first);
+      vqfast_rows part = s.x;
+      part.data = (const char *)s.x.data + first * s.x.stride_feature * size;
+      Tile tile(part, width, size);
+      if (!tile.ready()) {
+        enough = false;
+        continue;
+      }
+      for (int64_t n = 0; n < N; n += kTileRows) {
+        const int64_t rows = std::min(kTileRows, N - n);
+        tile.read(n, rows);
+        for (int64_t i = 0; i < rows; ++i) {
+          if (s.indices[n + i] < 0) continue;
+          const void *row = tile[i];
+          const double weight = s.weight(n + i);
+          isa.add_rows(s.dtype, &row, &weight, 1, width, sums.get() + s.indices[n + i] * features);
         }
+      }
       for (int64_t k = 0; k < s.K; ++k)
         for (int64_t f = 0; f < width; ++f)
-          set_accumulator(s.dtype, s.sums, k * s.D + first + f, sums[k * kFeatures + f]);
+          set_accumulator(s.dtype, s.sums, k * s.D + first + f, sums[k * features + f]);
     }
   }
   return enough ? VQFAST_OK : VQFAST_OUT_OF_MEMORY;
@@ -275,8 +285,5 @@ extern "C" int vqfast_cpu_codebook_stats(vqfast_dtype dtype, vqfast_rows x, int6
   if (!known_dtype(dtype)) return VQFAST_BAD_DTYPE;
   const int64_t N = x.batch * x.rows;
   const Stats stats = {dtype, x, D, K, indices, weights, counts, sums};
-  if (x.stride_feature == 1) return sum_by_code(stats, N);
-  int code = VQFAST_OK;
-  with_element(dtype, [&](auto *type) { code = sum_by_feature((decltype(type))x.data, stats, N); });
-  return code;
+  return x.stride_feature == 1 ? sum_by_code(stats, N) : sum_by_feature(stats, N);
 }

@@ -69,6 +69,20 @@ static void lookup_grad(vqfast_dtype dtype, const Square &grad, double slope, co
 }
 
 template <class T>
+static void sum_square_of(const T *, const Square &vectors, int64_t D, void *sum_row) {
+  T *sum = (T *)sum_row;
+  int64_t d = 0;
+  for (; d + kWidth<T> <= D; d += kWidth<T>)
+    store(sum + d, sum_of_square<T>(vectors, [=](const T *v) { return load(v + d); }));
+  if (const int n = D - d) store_part(sum + d, sum_of_square<T>(vectors, [=](const T *v) { return load_part(v + d, n); }), n);
+}
+
+// sum = that of the vectors, row by row, rounded once.
+static void sum_square(vqfast_dtype dtype, const Square &vectors, int64_t D, void *sum) {
+  with_element(dtype, [&](auto *type) { sum_square_of(type, vectors, D, sum); });
+}
+
+template <class T>
 static void move_residual_of(const T *code, int64_t D, void *rest_row, void *total_row) {
   T *rest = (T *)rest_row, *total = (T *)total_row;
   int64_t d = 0;

@@ -48,6 +48,7 @@ struct Kernels {
   double (*squared_error)(vqfast_dtype dtype, const void *x, const void *code, int64_t D);
   void (*lookup_grad)(vqfast_dtype dtype, const Square &grad, double slope, const void *x, const void *code, int64_t D,
                       void *out);
+  void (*sum_square)(vqfast_dtype dtype, const Square &vectors, int64_t D, void *sum);
   void (*move_residual)(vqfast_dtype dtype, const void *code, int64_t D, void *rest, void *total);
   void (*add_rows)(vqfast_dtype dtype, const void *const *rows, const double *weights, int64_t n, int64_t D,
                    double *sums);

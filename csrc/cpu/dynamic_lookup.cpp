@@ -109,10 +109,7 @@ extern "C" int vqfast_cpu_dynamic_lookup_backward(vqfast_dtype dtype, vqfast_row
       const Vectors<T> here = vectors.side_by_side(begin, positions, scratch);
       const Vectors<T> back = grad.side_by_side(begin, positions, scratch + apart(vectors, grid));
       with_codes(grid, map, begin, [&](int64_t first, int64_t edge) {
-        // An image's rows lie as far apart as its first two.
-        const T *grads = back.row(first);
-        const Square square = {grads, edge, edge > 1 ? back.row(first + 1) - grads : 0,
-                               edge > 1 ? back.row(first + grid.width()) - grads : 0};
+        const Square square = back.square(first, grid.width(), edge, nullptr);
         T *out = (T *)grad_features;
         for (int64_t y = 0; y < edge; ++y)
           for (int64_t x = !y; x < edge; ++x)

@@ -1,4 +1,4 @@
-// Vectors on the fine grid of images with several grains: read from any view, and summed over what a code covers.
+// Vectors on the fine grid of images with several grains, read from any view.
 #pragma once
 
 #include <algorithm>
@@ -46,6 +46,22 @@ struct Vectors {
     }
     return gathered;
   }
+  // Those that a code of `edge` rows and columns covers, of an image `width` wide: these, or gathered. scratch: edge^2 *
+  // gathered_pitch elements, not used where features are side by side already.
+  Square square(int64_t first, int64_t width, int64_t edge, T *scratch) const {
+    const T *at = row(first);
+    if (edge == 1 && stride_feature == 1) return {at, 1, 0, 0};
+    // An image's rows lie as far apart as its first two.
+    if (stride_feature == 1) return {at, edge, row(first + 1) - at, row(first + width) - at};
+    const int64_t pitch = gathered_pitch(D, sizeof(T));
+    const void *vectors[kMostTogether];
+    for (int64_t i = 0; i < edge * edge; i += kMostTogether) {
+      const int64_t count = std::min<int64_t>(kMostTogether, edge * edge - i);
+      for (int64_t j = 0; j < count; ++j) vectors[j] = row(first + (i + j) / edge * width + (i + j) % edge);
+      gather(sizeof(T), vectors, count, D, stride_feature, scratch + i * pitch);
+    }
+    return {scratch, edge, pitch, edge * pitch};
+  }
   void copy(int64_t n, T *to) const { copy(row(n), to); }
   void copy(const T *from, T *to) const {
     if (stride_feature == 1)
@@ -54,24 +70,5 @@ struct Vectors {
       for (int64_t d = 0; d < D; ++d) to[d] = from[d * stride_feature];
   }
 };
-
-// sum[d] = sum over the square of `edge` rows and columns whose top left is vector `first`, in the order of its rows.
-template <class T>
-void sum_square(const Vectors<T> &vectors, int64_t first, int64_t width, int64_t edge, T *sum) {
-  constexpr int64_t kFeatures = 64;  // so many at a time
-  for (int64_t d = 0; d < vectors.D; d += kFeatures) {
-    const int64_t n = std::min(kFeatures, vectors.D - d), step = vectors.stride_feature;
-    decltype(widen(T())) total[kFeatures] = {};
-    for (int64_t dy = 0; dy < edge; ++dy)
-      for (int64_t dx = 0; dx < edge; ++dx) {
-        const T *row = vectors.row(first + dy * width + dx) + d * step;
-        if (step == 1)
-          for (int64_t i = 0; i < n; ++i) total[i] += widen(row[i]);
-        else
-          for (int64_t i = 0; i < n; ++i) total[i] += widen(row[i * step]);
-      }
-    for (int64_t i = 0; i < n; ++i) narrow(total[i], sum[d + i]);
-  }
-}
 
 }  // namespace vqfast

@@ -181,11 +181,14 @@ void write_grid(const GrainGrid grid, const int64_t *map, const int64_t *slots, 
   }
 }
 
-// Sums over the squares of an image's tokens that are in `slots`.
+// Sums over the squares of an image's tokens that are in `slots`. scratch: for the vectors of a cell, where their features
+// lie apart.
 template <class T>
-void sum_squares(const GrainGrid &grid, int64_t image, int64_t begin, int64_t end, const int64_t *positions,
-                 const int64_t *grain_ids, const int64_t *map, const int64_t *slots, const Vectors<T> &grad, T *out) {
+void sum_squares(vqfast_dtype dtype, const GrainGrid &grid, int64_t image, int64_t begin, int64_t end,
+                 const int64_t *positions, const int64_t *grain_ids, const int64_t *map, const int64_t *slots,
+                 const Vectors<T> &grad, T *scratch, T *out) {
   const int64_t D = grad.D;
+  const Kernels &isa = kernels();
   for (int64_t t = begin; t < end; ++t) {
     int64_t y, x;
     T *sum = out + t * D;
@@ -201,7 +204,7 @@ void sum_squares(const GrainGrid &grid, int64_t image, int64_t begin, int64_t en
       grad.copy(first, sum);
       continue;
     }
-    sum_square(grad, first, grid.width(), edge, sum);
+    isa.sum_square(dtype, grad.square(first, grid.width(), edge, scratch), D, sum);
   }
 }
 
@@ -306,11 +309,20 @@ extern "C" int vqfast_cpu_unpack_backward(vqfast_dtype dtype, vqfast_rows grad, 
     typedef std::remove_const_t<std::remove_pointer_t<decltype(type)>> Element;
     Element *out = (Element *)grad_packed;
     const Vectors<Element> rows(grad, D);
+    const int64_t apart = rows.stride_feature == 1 ? 0 : grid.factor() * grid.factor() * gathered_pitch(D, sizeof(Element));
+    bool enough = true;
     code = with_slots(grid, T, D, cu_seqlens, positions, grain_ids, grains,
                       [&](int64_t b, int64_t begin, int64_t end, const int64_t *slots) {
-                        sum_squares(grid, b, begin, end, positions, grain_ids, grains + b * grid.cells(), slots, rows,
-                                    out);
+                        const Buffer<Element> scratch = buffer<Element>(apart);
+                        if (!scratch) {
+#pragma omp atomic write
+                          enough = false;
+                          return;
+                        }
+                        sum_squares(dtype, grid, b, begin, end, positions, grain_ids, grains + b * grid.cells(), slots,
+                                    rows, scratch.get(), out);
                       });
+    if (!enough) code = VQFAST_OUT_OF_MEMORY;
     // Tokens of no image.
     const int64_t first = B ? token_bound(cu_seqlens, 0, T) : 0, last = B ? token_bound(cu_seqlens, B, T) : 0;
     std::memset((void *)out, 0, first * D * sizeof(Element));

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from vqfast.nn.constants import register_constant
 from vqfast.nn.lookup_free import LookupFreeQuantizer
 
 _MARGIN = 1e-3  # the outermost levels are reached a little before tanh saturates
@@ -69,8 +70,8 @@ class FSQ(LookupFreeQuantizer):
         self.return_indices, self.preserve_symmetry = return_indices, preserve_symmetry
         places = [math.prod(levels[:i]) for i in range(len(levels))]
         # Whole numbers only: a cast of the module to half precision must not move the levels.
-        self.register_buffer("_levels", torch.tensor(self.levels), persistent=False)
-        self.register_buffer("_place", torch.tensor(places), persistent=False)
+        register_constant(self, "_levels", self.levels)
+        register_constant(self, "_place", places)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Quantise.
@@ -83,6 +84,7 @@ class FSQ(LookupFreeQuantizer):
             indices: (B, ...) int64, or (B, ..., num_codebooks).
 
         Raises:
+            TypeError: not a float tensor.
             ValueError: a shape that does not fit.
         """
         z = self._split(x)

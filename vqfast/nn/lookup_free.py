@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from vqfast.nn.layout import channels_last
+from vqfast.ops.checks import check_float
 
 
 class LookupFreeQuantizer(nn.Module):
@@ -59,6 +60,7 @@ class LookupFreeQuantizer(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """Input to (B, ..., C, d), in float32 (float64 stays) whatever came or autocast made of it."""
+        check_float("x", x)
         z = channels_last(x, self.dim, self._is_channel_first(x.ndim))
         if self.has_projections:
             z = self.project_in(z.to(self.project_in.weight.dtype))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vqfast.nn.layout import channels_last
 from vqfast.nn.vector_quantize import VectorQuantize
 from vqfast.ops import residual_nearest
+from vqfast.ops.checks import check_float
 
 
 class ResidualVQ(nn.Module):
@@ -143,8 +144,9 @@ class ResidualVQ(nn.Module):
 
         Raises:
             ValueError: a shape that does not fit.
-            TypeError: a mask that is not bool.
+            TypeError: an input that is no float tensor, a mask that is not bool.
         """
+        check_float("x", x)
         if self.accept_image_fmap and x.ndim != 4:
             raise ValueError(f"x: expected shape (B, {self.dim}, H, W), got {tuple(x.shape)}")
         vectors = residual = channels_last(x, self.dim, self.channel_first)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vqfast.nn.layout import channels_last
+from vqfast.nn.precision import full_precision
 from vqfast.ops import quantize
 
 
@@ -76,7 +77,7 @@ class SimVQ(nn.Module):
     @property
     def codebook(self) -> Tensor:
         """(K, D), computed from the frozen one at each call, with gradients to the transform."""
-        with torch.autocast(self.frozen_codebook.device.type, enabled=False):
+        with full_precision(self.frozen_codebook):
             return self.code_transform(self.frozen_codebook)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,6 +92,7 @@ class SimVQ(nn.Module):
             loss: scalar.
 
         Raises:
+            TypeError: not a float tensor.
             ValueError: a shape that does not fit.
         """
         codebook = self.codebook

@@ -131,6 +131,15 @@ def test_resume_goes_on_where_the_run_stopped(folder, tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["training"]["steps"] == 5
 
 
+def test_fewer_steps_than_were_taken_change_nothing(folder, tmp_path, capsys):
+    shutil.copytree(folder / "vqvae", tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    command = f"train vqvae --data {folder}/images.npz --out {tmp_path}/run {TINY_VQVAE} --resume"
+    assert run(command.replace("--steps 3", "--steps 2")) == 2
+    assert "--steps: expected at least 3, which" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
 @pytest.mark.slow
 def test_processes_share_one_run(folder, tmp_path):
     with socket.socket() as probe:
@@ -278,6 +287,17 @@ def without(*modules):
     return lambda *arguments: subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120
     )
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "import sys; from vqfast.cli import main; sys.exit(main())"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "presets"], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120
+    )
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (141, "")
 
 
 def test_doctor_needs_torch_only():

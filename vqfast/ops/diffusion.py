@@ -165,8 +165,7 @@ def posterior(
     rest = x_t, t, s, *transition.tables_on(logits.device), marginal
     if torch.compiler.is_compiling() and torch.is_grad_enabled() and logits.requires_grad:
         # A graph takes no backward that calls autograd.
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return _posterior_in_torch(wide, *rest).to(logits.dtype)
+        return _posterior_in_torch(logits.double(), *rest).to(logits.dtype)
     return _Posterior.apply(logits, *rest)
 
 

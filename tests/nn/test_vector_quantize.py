@@ -80,6 +80,31 @@ def test_what_is_no_float_tensor_is_named_rather_than_rounded(name, x):
         EVERY_QUANTISER[name]()(x)
 
 
+@pytest.mark.parametrize(
+    ("name", "decode", "size", "least"),
+    [
+        ("VectorQuantize", "get_codes_from_indices", 16, -1),
+        ("VectorQuantize", "get_output_from_indices", 16, -1),
+        ("ResidualVQ", "get_codes_from_indices", 16, -1),
+        ("ResidualVQ", "get_output_from_indices", 16, -1),
+        ("FSQ", "indices_to_codes", 200, 0),
+        ("LFQ", "indices_to_codes", 16, 0),
+        ("SimVQ", "indices_to_codes", 16, 0),
+    ],
+)
+def test_an_index_of_no_code_is_named_rather_than_decoded(name, decode, size, least):
+    quantiser = EVERY_QUANTISER[name]()
+    decode = getattr(quantiser, decode)
+    indices = torch.full((2, 5, 2), size - 1)
+    assert torch.equal(decode(indices), decode(indices.int()))
+    for wrong in (size, least - 1):
+        with pytest.raises(ValueError, match=rf"^indices: expected values in {least}\.\.{size - 1} .*{wrong}\.\."):
+            decode(indices * 0 + wrong)
+    for wrong in (indices.float(), [0, 1], None):
+        with pytest.raises(TypeError, match="^indices: expected an int64 or int32 tensor, got"):
+            decode(wrong)
+
+
 @pytest.mark.parametrize("name", EVERY_QUANTISER)
 @pytest.mark.parametrize("training", [True, False])
 def test_shapes_are_worked_out_on_the_meta_device(name, training):

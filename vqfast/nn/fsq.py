@@ -33,6 +33,7 @@ class FSQ(LookupFreeQuantizer):
         preserve_symmetry: see above.
 
     Raises:
+        TypeError: levels that are no whole numbers.
         ValueError: a size out of range.
     """
 
@@ -49,6 +50,8 @@ class FSQ(LookupFreeQuantizer):
         preserve_symmetry: bool = False,
     ):
         fewest = 2 if preserve_symmetry else 3
+        if not all(isinstance(count, int) for count in levels):
+            raise TypeError(f"levels: expected whole numbers, got {list(levels)}")
         if not levels or min(levels) < fewest:
             raise ValueError(
                 f"levels: expected one or more numbers of at least {fewest} (2 needs preserve_symmetry=True), "

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from vqfast.nn.layout import channels_last
-from vqfast.ops.checks import check_float
+from vqfast.ops.checks import check_float, check_indices
 
 
 class LookupFreeQuantizer(nn.Module):
@@ -58,6 +58,8 @@ class LookupFreeQuantizer(nn.Module):
             self.project_in = nn.Linear(dim, width, bias=projection_has_bias)
             self.project_out = nn.Linear(width, dim, bias=projection_has_bias)
 
+    codebook_size: int  # K, which the subclass sets
+
     def _split(self, x: Tensor) -> Tensor:
         """Input to (B, ..., C, d), in float32 (float64 stays) whatever came or autocast made of it."""
         check_float("x", x)
@@ -84,6 +86,7 @@ class LookupFreeQuantizer(nn.Module):
 
     def _taken(self, indices: Tensor) -> Tensor:
         """What the caller has to (B, ..., C)."""
+        check_indices(indices, self.codebook_size)
         if not self.keep_num_codebooks_dim:
             return indices.unsqueeze(-1)
         if indices.ndim < 2 or indices.shape[-1] != self.num_codebooks:

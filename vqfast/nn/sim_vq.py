@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vqfast.nn.layout import channels_last
 from vqfast.nn.precision import full_precision
 from vqfast.ops import quantize
+from vqfast.ops.checks import check_indices
 
 
 class SimVQ(nn.Module):
@@ -108,6 +109,7 @@ class SimVQ(nn.Module):
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """(B, ...) int64 to the codes (B, ..., D), or (B, D, ...) where channel_first."""
+        check_indices(indices, self.codebook_size)
         codes = nn.functional.embedding(indices, self.codebook)
         return codes.movedim(-1, 1) if self.channel_first else codes
 

@@ -15,7 +15,7 @@ from vqfast.nn.layout import channels_last
 from vqfast.nn.orthogonal import orthogonal_loss
 from vqfast.nn.precision import full_precision
 from vqfast.ops import Quantized, quantize
-from vqfast.ops.checks import check_float, check_mask
+from vqfast.ops.checks import check_float, check_indices, check_mask
 from vqfast.ops.reduction import ordered_sum
 
 
@@ -272,6 +272,9 @@ class VectorQuantize(FollowingCodebook):
 
         Args:
             indices: (B, ...) int64, or (B, ..., H).
+
+        Raises:
+            TypeError, ValueError: another dtype or shape, or an index of no code.
         """
         codes = self._codes(indices)
         return codes.movedim(-1, 1) if self.channel_first else codes
@@ -355,6 +358,7 @@ class VectorQuantize(FollowingCodebook):
 
     def _codes(self, indices: Tensor) -> Tensor:
         """(B, ...) or (B, ..., H) to (B, ..., H d); 0 where the index is -1."""
+        check_indices(indices, self.codebook_size, least=-1)
         if self.heads > 1 and indices.shape[-1:] != (self.heads,):
             raise ValueError(f"indices: expected shape (B, ..., {self.heads}), got {tuple(indices.shape)}")
         codes = F.embedding(self._stacked(indices.clamp(min=0)), self.codebook.reshape(-1, self.codebook_dim))

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from vqfast.cli import main
+from vqfast.train import Stopped
 
 TINY_VQVAE = (
     "--channels 32 --mults 1 1 --num-res-blocks 1 --codebook-size 16 --code-dim 4 --steps 3 --batch-size 8 --device cpu"
@@ -287,6 +288,20 @@ def without(*modules):
     return lambda *arguments: subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120
     )
+
+
+def test_a_comparison_or_demo_whose_training_was_stopped_does_not_end_as_if_it_were_done(
+    folder, tmp_path, capsys, monkeypatch
+):
+    def stopped(self):
+        raise Stopped("stopped after step 1 of 2; add --resume to go on")
+
+    monkeypatch.setattr("vqfast.cli.train_vqvae.TrainVQVAE.execute", stopped)
+    for command in (f"demo --out {tmp_path}/demo", f"compare vqddm --data digits --out {tmp_path}/compare"):
+        assert run(command) == 130
+        assert "vqfast: interrupted; only that training can go on" in capsys.readouterr().err
+    with pytest.raises(Stopped):
+        run(f"train vqvae --data {folder}/images.npz --out {tmp_path}/run")
 
 
 def test_a_reader_that_goes_away_is_no_error():

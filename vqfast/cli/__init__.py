@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Who reads has seen enough, as `vqfast presets | head -1` has. What is left to flush at exit goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # what a shell calls the signal
-    except KeyboardInterrupt:
-        print("vqfast: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(["vqfast: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     except Exception as error:
         if debug:
@@ -60,7 +60,14 @@ def run_command(argv: Sequence[str]) -> None:
         return
     from vqfast.cli.parser import parse
 
-    parse(argv).execute()
+    command = parse(argv)
+    try:
+        command.execute()
+    except SystemExit as stop:
+        if hasattr(command, "resume"):
+            raise
+        # A training within a comparison or a demo: its checkpoint is kept, but what it was for is not done.
+        raise KeyboardInterrupt("only that training can go on, by vqfast train; this command begins anew") from stop
 
 
 def _is_users(error: Exception) -> bool:

@@ -108,10 +108,21 @@ def test_configurations_that_do_not_fit_are_named(change, message):
         VQVAE(VQVAEConfig(**SMALL | dict(image_size=8, mults=(1, 1)) | change))
 
 
-def test_images_of_another_size_are_refused():
+def test_images_of_another_size_or_dtype_are_refused():
     model = VQVAE(VQVAEConfig(**SMALL, image_size=8, mults=(1, 1)))
     with pytest.raises(ValueError, match=r"images: expected \(B, 3, 8, 8\), got \(2, 1, 8, 8\)"):
         model.encode(torch.zeros(2, 1, 8, 8))
+    with pytest.raises(TypeError, match=r"images: expected a float tensor of values in \[-1, 1\], got uint8 tensor"):
+        model.training_step({"image": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, 0)
+
+
+def test_what_is_no_grid_of_codes_is_refused():
+    model = VQVAE(VQVAEConfig(**SMALL, image_size=8, mults=(1, 1)))
+    codes = model.encode(torch.zeros(2, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"codes: expected shape \(B, h, w\), got int64 tensor of shape \(2, 16\)"):
+        model.decode_codes(codes.flatten(1))
+    with pytest.raises(ValueError, match="indices: expected values in -1"):
+        model.decode_codes(codes + model.config.codebook_size)
 
 
 def test_the_configuration_survives_json():

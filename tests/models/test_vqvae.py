@@ -56,6 +56,12 @@ def test_every_parameter_gets_a_gradient_and_the_scalars_add_up():
     assert 0 < scalars["usage"] <= 1 and 1 <= scalars["perplexity"] <= 16
 
 
+def test_held_out_images_get_no_figures_of_training_batches():
+    model = VQVAE(VQVAEConfig(**SMALL, image_size=8, mults=(1, 1))).eval()
+    scalars = model.training_step({"image": torch.rand(4, 3, 8, 8) * 2 - 1}, 0)
+    assert scalars.keys() == {"loss", "reconstruction"} and scalars["loss"] == scalars["reconstruction"]
+
+
 @pytest.mark.parametrize("loss", ["l1", "l2"])
 def test_it_learns_a_few_images(loss):
     model = VQVAE(VQVAEConfig(**SMALL, image_size=4, in_channels=1, mults=(1, 1), reconstruction_loss=loss))

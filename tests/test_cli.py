@@ -309,7 +309,7 @@ def test_a_reader_that_goes_away_is_no_error():
     os.close(reading)
     code = "import sys; from vqfast.cli import main; sys.exit(main())"
     result = subprocess.run(
-        [sys.executable, "-c", code, "presets"], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120
+        [sys.executable, "-c", code, "--version"], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120
     )
     os.close(writing)
     assert (result.returncode, result.stderr) == (141, "")

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from vqfast.cli import main
+from vqfast.train import Stopped
 
 TINY_VQVAE = (
     "--channels 32 --mults 1 1 --num-res-blocks 1 --codebook-size 16 --code-dim 4 --steps 3 --batch-size 8 --device cpu"
@@ -129,6 +130,15 @@ def test_resume_goes_on_where_the_run_stopped(folder, tmp_path):
     assert run(command.replace("--steps 3", "--steps 5")) == 0
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000003", "step-00000005"]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["training"]["steps"] == 5
+
+
+def test_fewer_steps_than_were_taken_change_nothing(folder, tmp_path, capsys):
+    shutil.copytree(folder / "vqvae", tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    command = f"train vqvae --data {folder}/images.npz --out {tmp_path}/run {TINY_VQVAE} --resume"
+    assert run(command.replace("--steps 3", "--steps 2")) == 2
+    assert "--steps: expected at least 3, which" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
 @pytest.mark.slow
@@ -278,6 +288,31 @@ def without(*modules):
     return lambda *arguments: subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120
     )
+
+
+def test_a_comparison_or_demo_whose_training_was_stopped_does_not_end_as_if_it_were_done(
+    folder, tmp_path, capsys, monkeypatch
+):
+    def stopped(self):
+        raise Stopped("stopped after step 1 of 2; add --resume to go on")
+
+    monkeypatch.setattr("vqfast.cli.train_vqvae.TrainVQVAE.execute", stopped)
+    for command in (f"demo --out {tmp_path}/demo", f"compare vqddm --data digits --out {tmp_path}/compare"):
+        assert run(command) == 130
+        assert "vqfast: interrupted; only that training can go on" in capsys.readouterr().err
+    with pytest.raises(Stopped):
+        run(f"train vqvae --data {folder}/images.npz --out {tmp_path}/run")
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "import sys; from vqfast.cli import main; sys.exit(main())"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "--version"], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120
+    )
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (141, "")
 
 
 def test_doctor_needs_torch_only():

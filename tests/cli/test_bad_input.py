@@ -378,6 +378,8 @@ def test_words_that_it_does_not_know(refused, tmp_path, command):
     [
         ("sampel x", "no command sampel; the nearest is sample"),
         ("train vqvea --out x", "no command train vqvea; the nearest is train vqvae"),
+        ("draw x", "no command draw; there are train, sample, "),
+        ("train unet", "no command train unet; there are vqvae, vqgan, "),
         ("train", "Expected one of {vqvae, vqgan, "),
         ("--config x", "--config: expected after one of train vqvae"),
     ],

@@ -9,6 +9,7 @@ import torch
 from vqfast.evaluate import codebook_usage, perplexity, psnr, ssim
 from vqfast.evaluate.classes import Reader
 from vqfast.evaluate.codes import copied
+from vqfast.evaluate.figures import save_grid
 
 
 @pytest.fixture
@@ -72,3 +73,11 @@ def test_the_reader_agrees_with_what_it_learnt():
     reader = Reader(images, labels)
     assert reader.agreement(images, labels) == 1.0
     assert reader.agreement(images, 1 - labels) == 0.0
+
+
+def test_letters_beyond_ascii_are_drawn(tmp_path):
+    drawn = {}
+    for label in ("é", "ж", "ü"):
+        save_grid(tmp_path / "grid.png", [np.zeros((1, 8, 8, 3), np.uint8)], title="Samples", labels=[label])
+        drawn[label] = (tmp_path / "grid.png").read_bytes()
+    assert len(set(drawn.values())) == 3, "the sign for a missing letter stands for several"

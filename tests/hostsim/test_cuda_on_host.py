@@ -16,6 +16,7 @@ from vqfast.kernels.lookup.reference import lookup, lookup_backward
 from vqfast.kernels.nearest.reference import nearest
 from vqfast.kernels.q_sample.spec import random_key
 from vqfast.kernels.specs import SPECS as ALL_SPECS
+from vqfast.ops.backends import cuda
 from vqfast.ops.prepared import METRICS
 
 SPECS = [spec for spec in ALL_SPECS if spec.op in simulator.CALLS]
@@ -32,6 +33,12 @@ def channel_first(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0
     B, H, W, D = shape
     x = torch.randn(B, D, H, W, generator=torch.Generator().manual_seed(seed)).to(dtype)
     return x.permute(0, 2, 3, 1)
+
+
+def test_every_op_with_a_cuda_kernel_of_its_own_is_simulated():
+    made_of_others = {"residual_nearest"}
+    missing = {spec.op for spec in ALL_SPECS} & cuda.KERNELS.keys() - simulator.CALLS.keys() - made_of_others
+    assert not missing, f"tests/hostsim/simulator.py has no call of {', '.join(sorted(missing))}"
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.op)

@@ -205,6 +205,12 @@ def test_importance_sampling_survives_a_change_of_precision():
     assert ddm.training_step(batch(8))["loss"].isfinite()
 
 
+def test_a_batch_of_nothing_has_a_loss_of_nothing():
+    loss = model(num_classes=None).train().training_step({"codes": codes(0, 4)})["loss"]
+    loss.backward()
+    assert loss == 0
+
+
 # What is refused
 
 

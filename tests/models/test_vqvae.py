@@ -56,6 +56,12 @@ def test_every_parameter_gets_a_gradient_and_the_scalars_add_up():
     assert 0 < scalars["usage"] <= 1 and 1 <= scalars["perplexity"] <= 16
 
 
+def test_held_out_images_get_no_figures_of_training_batches():
+    model = VQVAE(VQVAEConfig(**SMALL, image_size=8, mults=(1, 1))).eval()
+    scalars = model.training_step({"image": torch.rand(4, 3, 8, 8) * 2 - 1}, 0)
+    assert scalars.keys() == {"loss", "reconstruction"} and scalars["loss"] == scalars["reconstruction"]
+
+
 @pytest.mark.parametrize("loss", ["l1", "l2"])
 def test_it_learns_a_few_images(loss):
     model = VQVAE(VQVAEConfig(**SMALL, image_size=4, in_channels=1, mults=(1, 1), reconstruction_loss=loss))
@@ -108,10 +114,21 @@ def test_configurations_that_do_not_fit_are_named(change, message):
         VQVAE(VQVAEConfig(**SMALL | dict(image_size=8, mults=(1, 1)) | change))
 
 
-def test_images_of_another_size_are_refused():
+def test_images_of_another_size_or_dtype_are_refused():
     model = VQVAE(VQVAEConfig(**SMALL, image_size=8, mults=(1, 1)))
     with pytest.raises(ValueError, match=r"images: expected \(B, 3, 8, 8\), got \(2, 1, 8, 8\)"):
         model.encode(torch.zeros(2, 1, 8, 8))
+    with pytest.raises(TypeError, match=r"images: expected a float tensor of values in \[-1, 1\], got uint8 tensor"):
+        model.training_step({"image": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, 0)
+
+
+def test_what_is_no_grid_of_codes_is_refused():
+    model = VQVAE(VQVAEConfig(**SMALL, image_size=8, mults=(1, 1)))
+    codes = model.encode(torch.zeros(2, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"codes: expected shape \(B, h, w\), got int64 tensor of shape \(2, 16\)"):
+        model.decode_codes(codes.flatten(1))
+    with pytest.raises(ValueError, match="indices: expected values in -1"):
+        model.decode_codes(codes + model.config.codebook_size)
 
 
 def test_the_configuration_survives_json():

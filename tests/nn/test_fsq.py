@@ -167,6 +167,11 @@ def test_options_out_of_range_are_named(options, message):
         FSQ(**options)
 
 
+def test_levels_are_whole_numbers():
+    with pytest.raises(TypeError, match=r"levels: expected whole numbers, got \[8.0, 5.0\]"):
+        FSQ([8.0, 5.0])
+
+
 def test_shapes_that_do_not_fit_are_named():
     fsq = FSQ([8, 5, 5], num_codebooks=2)
     with pytest.raises(ValueError, match=r"x: expected shape \(B, \.\.\., 6\), got \(2, 7, 3\)"):

@@ -5,6 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import vqfast
+from vqfast import ops
 from vqfast.kernels.diffusion_loss.reference import diffusion_loss as definition
 from vqfast.kernels.philox import philox
 from vqfast.kernels.posterior.reference import posterior
@@ -172,6 +173,25 @@ class TestLoss:
             compiled.append(counter.frame_count)
         assert len(set(compiled)) == 1
 
+    def test_posteriors_gradient_compiles_too(self):
+        torch._dynamo.reset()
+        logits = torch.randn(2, 7, K, requires_grad=True)
+        x_t, t = torch.randint(K, (2, 7)), torch.tensor([2, 5])
+        compiled = torch.compile(
+            lambda logits: ops.posterior(logits, x_t, t, t - 1, TRANSITION).exp(), backend="aot_eager", fullgraph=True
+        )
+        probe = torch.randn(2, 7, K)
+        want, got = ops.posterior(logits, x_t, t, t - 1, TRANSITION).exp(), compiled(logits)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(*(torch.autograd.grad((p * probe).sum(), logits)[0] for p in (got, want)))
+
+    def test_a_gradient_of_the_gradient_is_refused_not_wrong(self):
+        logits, x_t = torch.randn(2, 3, K, requires_grad=True), torch.zeros(2, 3, dtype=torch.int64)
+        p = ops.posterior(logits, x_t, 2, 1, TRANSITION).exp()
+        (grad,) = torch.autograd.grad(p.square().sum(), logits, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+
     def test_writes_no_gradient_where_none_is_asked_for(self, monkeypatch):
         asked = []
         kernels = registry.BACKENDS["reference"].KERNELS
@@ -227,6 +247,19 @@ class TestErrors:
     def test_loss_names_the_argument(self, change, error, words):
         with pytest.raises(error, match=words):
             self.loss(**change)
+
+    @pytest.mark.parametrize("K", [6.0, True, "6"])
+    def test_family_size(self, K):
+        with pytest.raises(TypeError, match="codebook_size: expected a whole number, got (float|bool|str)"):
+            Uniform(K, ALPHA_BAR)
+
+    def test_generator(self):
+        with pytest.raises(TypeError, match="generator: expected a torch.Generator or None, got int 3"):
+            q_sample(self.codes, 1, TRANSITION, generator=3)
+
+    def test_prior_kl(self):
+        with pytest.raises(TypeError, match="transition: expected a family of vqfast.ops .*, got str"):
+            ops.prior_kl("uniform")
 
     @pytest.mark.parametrize("t", [-1, 6])
     def test_q_sample_level(self, t):

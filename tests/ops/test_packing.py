@@ -152,7 +152,9 @@ class TestErrors:
             (dict(values=torch.zeros(1, 8, 8, dtype=torch.int32)), TypeError, "int64.*got int32"),
             (dict(grains=torch.zeros(1, 4, 4)), TypeError, "grains: expected an int64"),
             (dict(order="column"), ValueError, "row, region, got 'column'"),
-            (dict(capacity=-1), ValueError, "at least 0, got -1"),
+            (dict(capacity=-1), ValueError, "capacity: expected at least 0, got -1"),
+            (dict(capacity=3.5), TypeError, "capacity: expected a whole number, got float 3.5"),
+            (dict(grains=None), TypeError, "grains: expected an int64"),
         ],
     )
     def test_arguments(self, change, error, words):
@@ -205,6 +207,13 @@ class TestErrors:
         wild = torch.tensor([-(1 << 31), (1 << 31) - 1], dtype=torch.int32)
         assert ops.unpack(packed._replace(cu_seqlens=wild), self.grains).shape == (1, 8, 8)
         assert ops.unpack(packed, self.grains * 1000 - 5).shape == (1, 8, 8)
+
+    def test_what_is_no_packed_sequence(self):
+        for wrong in (self.grid, [self.grid] * 3, None):
+            with pytest.raises(TypeError, match="packed: expected what pack returns, values, cu_seqlens, positions"):
+                ops.unpack(wrong, self.grains)
+        with pytest.raises(TypeError, match="num_grains: expected a whole number, got float 2.0"):
+            ops.unpack(ops.pack(self.grid, self.grains), self.grains, num_grains=2.0)
 
     def test_too_many_tokens_for_the_number_of_grains(self):
         packed = ops.pack(torch.zeros(1, 16, 16, dtype=torch.int64), self.grains)
@@ -358,6 +367,11 @@ class TestPositionMask:
             ops.position_mask(positions, ids[:, :0], torch.tensor([0]), cells=(2, 2))
         with pytest.raises(TypeError, match="positions: expected an int64"):
             ops.position_mask(positions.int(), ids, torch.tensor([0]), cells=(2, 2))
+        for cells in (4, (2, 2, 2), (2.0, 2)):
+            with pytest.raises(TypeError, match="cells: expected (two|a) whole number"):
+                ops.position_mask(positions, ids, torch.tensor([0]), cells=cells)
+        with pytest.raises(TypeError, match="vocab_size: expected a whole number, got float"):
+            ops.position_mask(positions, ids, torch.tensor([0]), cells=(2, 2), vocab_size=19.0)
 
 
 class TestGrainEntropy:

@@ -147,6 +147,12 @@ class TestQuantize:
             got = quantize(x, codebook)
         assert got.quantized.dtype == dtype and got.loss.dtype == torch.float32
 
+    def test_a_gradient_of_the_gradient_is_refused_not_wrong(self):
+        x, codebook = torch.randn(5, 3, requires_grad=True), torch.randn(4, 3)
+        (grad,) = torch.autograd.grad(quantize(x, codebook).quantized.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward()
+
     def test_compiles_without_a_break_and_without_a_recompile_for_another_length(self):
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("aot_eager")
@@ -169,6 +175,17 @@ class TestQuantize:
 
 class TestErrors:
     x, codes = torch.zeros(4, 3), torch.zeros(5, 3)
+
+    @pytest.mark.parametrize("size", [5.0, "five", True])
+    def test_a_codebook_size_is_a_whole_number(self, size):
+        with pytest.raises(TypeError, match="codebook_size: expected a whole number, got (float|str|bool)"):
+            codebook_stats(self.x, torch.zeros(4, dtype=torch.int64), size)
+
+    def test_what_came_is_told_in_one_line(self):
+        with pytest.raises(TypeError, match="got float32 numpy array of shape \\(4, 3\\)$"):
+            quantize(self.x.numpy(), self.codes)
+        with pytest.raises(TypeError, match=r"got list \[tensor.*\.\.\.$"):
+            quantize([self.x, self.x], self.codes)
 
     def test_estimator(self):
         with pytest.raises(ValueError, match="estimator: expected one of ste, rotation, none, got 'magic'"):

@@ -41,6 +41,7 @@ def test_a_training_leaves_weights_and_metrics(run, fresh_model, tiny_images, ti
     assert {"reconstruction", "usage", "perplexity", "lr", "grad_norm", "images_per_s"} <= training[0].keys()
     held_out = [line for line in lines if "held_out/reconstruction" in line]
     assert [line["step"] for line in held_out] == [30, 60]
+    assert not any("held_out/perplexity" in line or "held_out/commitment" in line for line in lines)
     images = tiny_held_out[np.arange(len(tiny_held_out))]["image"]
     expected = (trained.reconstruct(images) - images).square().mean().item()
     assert held_out[-1]["held_out/reconstruction"] == pytest.approx(expected, rel=1e-4)

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # of the process that interp
 
 from vqfast import ops
 from vqfast.kernels.specs import SPECS
+from vqfast.ops.backends.triton import KERNELS
 
 pytest.importorskip("triton")
 
@@ -531,6 +532,11 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[s
         return json.loads(report.read_text())
 
     return read
+
+
+def test_every_op_with_a_triton_kernel_is_interpreted() -> None:
+    missing = {spec.op for spec in SPECS} & KERNELS.keys() - _GROUP.keys()
+    assert not missing, f"_GROUP has no group of {', '.join(sorted(missing))}"
 
 
 @pytest.mark.parametrize(("group", "case"), [(group, case) for group, cases in CASES.items() for case in cases])

@@ -1,5 +1,6 @@
 """The command `vqfast`: one line and exit code 2 for what the user can put right, 1 for what only we can."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -17,7 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; default those of the process.
 
     Returns:
-        Exit code: 0, 2 for a wrong argument, path, image or checkpoint, 1 for an error in vqfast, 130 if interrupted.
+        Exit code: 0, 2 for a wrong argument, path, image or checkpoint, 1 for an error in vqfast, 130 if interrupted,
+        141 where nobody reads the output.
 
     Raises:
         SystemExit: --help, or a training that was asked to stop and saved its work; exit code 0.
@@ -27,8 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         run_command(arguments)
-    except KeyboardInterrupt:
-        print("vqfast: interrupted", file=sys.stderr)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who reads has seen enough, as `vqfast presets | head -1` has. What is left to flush at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # what a shell calls the signal
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(["vqfast: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     except Exception as error:
         if debug:
@@ -53,7 +60,14 @@ def run_command(argv: Sequence[str]) -> None:
         return
     from vqfast.cli.parser import parse
 
-    parse(argv).execute()
+    command = parse(argv)
+    try:
+        command.execute()
+    except SystemExit as stop:
+        if hasattr(command, "resume"):
+            raise
+        # A training within a comparison or a demo: its checkpoint is kept, but what it was for is not done.
+        raise KeyboardInterrupt("only that training can go on, by vqfast train; this command begins anew") from stop
 
 
 def _is_users(error: Exception) -> bool:

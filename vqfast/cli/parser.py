@@ -51,8 +51,9 @@ def _words(argv: Sequence[str]) -> str:
             break
         known = _level(words)
         if word not in known:
-            nearest = difflib.get_close_matches(word, known, n=1, cutoff=0)[0]
-            raise UsageError(f"no command {f'{words} {word}'.strip()}; the nearest is {f'{words} {nearest}'.strip()}")
+            nearest = difflib.get_close_matches(word, known, n=1)
+            hint = f"the nearest is {f'{words} {nearest[0]}'.strip()}" if nearest else f"there are {', '.join(known)}"
+            raise UsageError(f"no command {f'{words} {word}'.strip()}; {hint}")
         words = f"{words} {word}".strip()
     return words
 

@@ -40,7 +40,8 @@ def start(command: Training) -> PartialState:
     """The processes of a training command, once nothing is in the way of its run; the disk is not touched.
 
     Raises:
-        RunError: --out is taken, or not a run that can be resumed, or in training already.
+        RunError: --out is taken, or not a run that can be resumed, or in training already, or has more steps behind it
+            than asked for.
     """
     processes = PartialState(cpu=command.training.device == "cpu")
     if processes.is_main_process and not command.resume:
@@ -48,7 +49,12 @@ def start(command: Training) -> PartialState:
     if processes.is_main_process and command.resume:
         run = open_run(command.out)
         check_idle(run.path)
-        resumable_checkpoint(run.path, run.kind, say=lambda text: None)
+        checkpoint = resumable_checkpoint(run.path, run.kind, say=lambda text: None)
+        if checkpoint is not None and checkpoint.step > command.training.steps:
+            raise RunError(
+                f"--steps: expected at least {checkpoint.step}, which {run.path} has behind it, "
+                f"got {command.training.steps}"
+            )
     return processes
 
 

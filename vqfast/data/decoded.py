@@ -18,6 +18,7 @@ from vqfast.data.members import Members
 
 MOST_BROKEN = 0.01  # share of a source's images that may be broken before it is refused
 _PROBED = 64
+_NAMED = 5  # broken images that an error names
 
 _log = logging.getLogger("vqfast.data")
 
@@ -35,10 +36,13 @@ def _decode(members: Members, i: int, image_size: int | None) -> np.ndarray | st
         return "not a known image format" if "cannot identify" in text else " ".join(text.split())
 
 
-def _refuse_many(members: Members, broken: int, name: str, why: str) -> None:
-    if broken > MOST_BROKEN * len(members):
+def _refuse_many(members: Members, broken: list[str], why: str) -> None:
+    """broken: names of those known by now. why: what is wrong with the first."""
+    if len(broken) > MOST_BROKEN * len(members):
+        named = f", also {', '.join(broken[1:_NAMED])}" if broken[1:] else ""
+        named += f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
         raise DataError(
-            f"{members.source}: broken image {name}: {why} ({broken} broken of {len(members)}; "
+            f"{members.source}: broken image {broken[0]}: {why}{named} ({len(broken)} broken of {len(members)}; "
             f"up to {MOST_BROKEN:.0%} would be skipped)"
         )
 
@@ -62,7 +66,7 @@ def decode_all(members: Members, image_size: int | None) -> tuple[np.ndarray, np
                 images.append(image)
                 kept.append(i)
     if broken:
-        _refuse_many(members, len(broken), *broken[0])
+        _refuse_many(members, [name for name, _ in broken], broken[0][1])
         for name, why in broken:
             _log.warning("%s: broken image %s skipped: %s", members.source, name, why)
     return _stack(members, kept, images), None if members.labels is None else members.labels[kept]
@@ -138,7 +142,8 @@ class DecodedImages:
         if not self._broken[position]:
             self._broken[position] = True
             name = self._members.names[position]
-            _refuse_many(self._members, int(self._broken.sum()), name, why)
+            others = (self._members.names[i] for i in self._broken.nonzero().flatten().tolist() if i != position)
+            _refuse_many(self._members, [name, *others], why)
             _log.warning("%s: broken image %s skipped: %s", self._members.source, name, why)
 
     def _threads(self) -> ThreadPoolExecutor:

@@ -197,7 +197,7 @@ class DiscreteDiffusion(nn.Module):
             The objective; and (B,) the loss of each sample at its t, nats summed over tokens, no gradient.
         """
         B, L = x0.shape
-        T, bits_per_nat = self.transition.T, 1 / (B * L * math.log(2))
+        T, bits_per_nat = self.transition.T, 1 / (max(B * L, 1) * math.log(2))
         prior = self._prior_nats(x0).sum() * bits_per_nat
         common = dict(transition=self.transition, rule=self.rule, reduction="none")
 

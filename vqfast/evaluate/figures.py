@@ -15,6 +15,16 @@ _CELL = 72  # pixels a side that small images are enlarged to, at most
 _GAP, _MARGIN = 4, 20
 
 
+def _font(size: int, text: str) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """Pillow's own has little beyond ASCII, which names of classes need not keep to; matplotlib's has accents, Greek,
+    Cyrillic, Arabic."""
+    if text.isascii():
+        return ImageFont.load_default(size)
+    from matplotlib import get_data_path
+
+    return ImageFont.truetype(str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
+
+
 def save_grid(
     path: Path,
     rows: Sequence[np.ndarray],
@@ -36,7 +46,7 @@ def save_grid(
     height, width = rows[0].shape[1:3]
     scale = max(1, _CELL // max(height, width))
     cell_h, cell_w = height * scale, width * scale
-    title_font, text_font = ImageFont.load_default(22), ImageFont.load_default(15)
+    title_font, text_font = (_font(size, title + subtitle + "".join(labels)) for size in (22, 15))
     label_width = int(max((text_font.getlength(text) for text in labels), default=0))
     left = _MARGIN + (label_width + 12 if label_width else 0)
     top = _MARGIN + 34 + (26 if subtitle else 0)

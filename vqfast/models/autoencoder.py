@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vqfast.nn.autoencoder import Decoder, Encoder
 from vqfast.nn.vector_quantize import VectorQuantize
+from vqfast.ops.checks import describe
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ class AutoencoderConfig:
 
 
 def check_images(images: Tensor, config: AutoencoderConfig) -> None:
-    """Raises ValueError where images are not (B, in_channels, image_size, image_size)."""
+    """Raises TypeError or ValueError where images are not (B, in_channels, image_size, image_size) float."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        raise TypeError(f"images: expected a float tensor of values in [-1, 1], got {describe(images)}")
     size, channels = config.image_size, config.in_channels
     if images.ndim != 4 or images.shape[1:] != (channels, size, size):
         raise ValueError(f"images: expected (B, {channels}, {size}, {size}), got {tuple(images.shape)}")
@@ -116,6 +119,7 @@ class Autoencoder(nn.Module):
         """Images (B, C, H, W) to the vectors to quantise, (B, code_dim, h, w).
 
         Raises:
+            TypeError: images that are not float.
             ValueError: images of another shape than the configuration's.
         """
         check_images(images, self.config)
@@ -126,7 +130,13 @@ class Autoencoder(nn.Module):
         return self.quantizer(self.features(images), freeze_codebook=True)[1]
 
     def decode_codes(self, codes: Tensor) -> Tensor:
-        """Codes (B, h, w) to images (B, C, H, W), about [-1, 1], not clipped."""
+        """Codes (B, h, w) to images (B, C, H, W), about [-1, 1], not clipped.
+
+        Raises:
+            TypeError, ValueError: another dtype or shape, or a code that is none.
+        """
+        if isinstance(codes, Tensor) and codes.ndim != 3:
+            raise ValueError(f"codes: expected shape (B, h, w), got {describe(codes)}")
         return self._decode(self.quantizer.get_codes_from_indices(codes))
 
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -144,3 +154,13 @@ class Autoencoder(nn.Module):
 
     def _decode(self, quantized: Tensor) -> Tensor:
         return self.decoder(quantized)
+
+    def _codebook_scalars(self, **loss: Tensor) -> dict[str, Tensor]:
+        """The quantiser's loss, by its name, and how evenly its codes are used: of training batches alone.
+
+        In eval mode it has no loss, and usage and perplexity would still be those of training.
+        """
+        if not self.training:
+            return {}
+        scalars = {name: value.detach() for name, value in loss.items()}
+        return scalars | {"usage": self.quantizer.usage, "perplexity": self.quantizer.perplexity}

@@ -12,6 +12,7 @@ from vqfast.models.dq_sampling import draw_tokens
 from vqfast.models.drawing import batches, evaluating
 from vqfast.models.grain_sequences import GrainSequences, Vocabulary, grain_sequences
 from vqfast.nn.attention import Attend, CausalTransformer, PackedAttention, attend_causal, init_weights
+from vqfast.nn.constants import register_constant
 from vqfast.nn.sampling_filters import DrawOptions
 from vqfast.ops.checks import check_int64
 
@@ -126,8 +127,8 @@ class DQTransformer(nn.Module):
         # One head for the positions of every grain: the finest has the most.
         self.position_head = nn.Sequential(nn.LayerNorm(c.dim), nn.Linear(c.dim, len(c.positions[-1]), bias=False))
         self.content_head = nn.Sequential(nn.LayerNorm(c.dim), nn.Linear(c.dim, len(c.content), bias=False))
-        sizes = torch.tensor([len(v) for v in c.positions])
-        self.register_buffer("_position_offset", sizes.cumsum(0) - sizes, persistent=False)
+        sizes = [len(v) for v in c.positions]
+        register_constant(self, "_position_offset", [sum(sizes[:grain]) for grain in range(c.num_grains)])
         self.apply(init_weights)
 
     @property

@@ -84,7 +84,5 @@ class VQGAN(Adversarial, Autoencoder):
         return {
             "loss": terms.loss + self.config.codebook_weight * codebook,
             **terms.scalars,
-            "codebook": codebook.detach(),
-            "usage": self.quantizer.usage,
-            "perplexity": self.quantizer.perplexity,
+            **self._codebook_scalars(codebook=codebook),
         }

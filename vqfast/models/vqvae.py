@@ -53,8 +53,8 @@ class VQVAE(Autoencoder):
             step: not used.
 
         Returns:
-            Scalars: loss = reconstruction + commitment (weighted), reconstruction, commitment, usage (share of
-            the codes chosen in the last 100 batches), perplexity.
+            Scalars: loss = reconstruction + commitment (weighted), reconstruction; in training mode also commitment,
+            usage (share of the codes chosen in the last 100 batches), perplexity.
         """
         images = batch["image"]
         quantized, _, commitment = self.quantizer(self.features(images))
@@ -64,9 +64,7 @@ class VQVAE(Autoencoder):
         return {
             "loss": reconstruction + commitment,
             "reconstruction": reconstruction.detach(),
-            "commitment": commitment.detach(),
-            "usage": self.quantizer.usage,
-            "perplexity": self.quantizer.perplexity,
+            **self._codebook_scalars(commitment=commitment),
         }
 
 

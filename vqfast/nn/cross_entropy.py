@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Logits that exist at once: rows of a tile times its codes.
 _ROWS, _CODES = 4096, 1024
@@ -51,6 +52,7 @@ class _CodeCrossEntropy(torch.autograd.Function):
         return torch.where(indices >= 0, total - logit, 0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         rows, codebook, indices, total = ctx.saved_tensors
         grad = torch.where(indices >= 0, grad, 0)

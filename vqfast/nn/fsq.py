@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from vqfast.nn.constants import register_constant
 from vqfast.nn.lookup_free import LookupFreeQuantizer
 
 _MARGIN = 1e-3  # the outermost levels are reached a little before tanh saturates
@@ -32,6 +33,7 @@ class FSQ(LookupFreeQuantizer):
         preserve_symmetry: see above.
 
     Raises:
+        TypeError: levels that are no whole numbers.
         ValueError: a size out of range.
     """
 
@@ -48,6 +50,8 @@ class FSQ(LookupFreeQuantizer):
         preserve_symmetry: bool = False,
     ):
         fewest = 2 if preserve_symmetry else 3
+        if not all(isinstance(count, int) for count in levels):
+            raise TypeError(f"levels: expected whole numbers, got {list(levels)}")
         if not levels or min(levels) < fewest:
             raise ValueError(
                 f"levels: expected one or more numbers of at least {fewest} (2 needs preserve_symmetry=True), "
@@ -69,8 +73,8 @@ class FSQ(LookupFreeQuantizer):
         self.return_indices, self.preserve_symmetry = return_indices, preserve_symmetry
         places = [math.prod(levels[:i]) for i in range(len(levels))]
         # Whole numbers only: a cast of the module to half precision must not move the levels.
-        self.register_buffer("_levels", torch.tensor(self.levels), persistent=False)
-        self.register_buffer("_place", torch.tensor(places), persistent=False)
+        register_constant(self, "_levels", self.levels)
+        register_constant(self, "_place", places)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Quantise.
@@ -83,6 +87,7 @@ class FSQ(LookupFreeQuantizer):
             indices: (B, ...) int64, or (B, ..., num_codebooks).
 
         Raises:
+            TypeError: not a float tensor.
             ValueError: a shape that does not fit.
         """
         z = self._split(x)

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqfast.nn.constants import register_constant
 from vqfast.nn.lookup_free import LookupFreeQuantizer
+from vqfast.nn.precision import full_precision
 
 
 class LFQOutput(NamedTuple):
@@ -121,7 +123,7 @@ class LFQ(LookupFreeQuantizer):
         self.codebook_scale, self.spherical = codebook_scale, spherical
         self.soft_clamp_input_value = soft_clamp_input_value
         self.magnitude = codebook_scale * bits**-0.5 if spherical else codebook_scale
-        self.register_buffer("_place", 2 ** torch.arange(bits - 1, -1, -1), persistent=False)
+        register_constant(self, "_place", [2**place for place in range(bits - 1, -1, -1)])
 
     def forward(
         self,
@@ -142,6 +144,7 @@ class LFQ(LookupFreeQuantizer):
             LFQOutput(quantized, indices, entropy_aux_loss), or that and LFQLosses.
 
         Raises:
+            TypeError: not a float tensor.
             ValueError: a shape that does not fit.
         """
         z = self._split(x)
@@ -234,5 +237,5 @@ def _mean_distribution(logits: Tensor, weights: Tensor) -> Tensor:
     half = logits.shape[-1] // 2
     high, low = _joint(logits[..., :half]), _joint(logits[..., half:])
     # bfloat16 products would put an error of 0.4 % on every probability.
-    with torch.autocast(logits.device.type, enabled=False):
+    with full_precision(logits):
         return torch.einsum("n,nca,ncb->cab", weights, high, low).flatten(-2)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from vqfast.nn.layout import channels_last
+from vqfast.ops.checks import check_float, check_indices
 
 
 class LookupFreeQuantizer(nn.Module):
@@ -57,8 +58,11 @@ class LookupFreeQuantizer(nn.Module):
             self.project_in = nn.Linear(dim, width, bias=projection_has_bias)
             self.project_out = nn.Linear(width, dim, bias=projection_has_bias)
 
+    codebook_size: int  # K, which the subclass sets
+
     def _split(self, x: Tensor) -> Tensor:
         """Input to (B, ..., C, d), in float32 (float64 stays) whatever came or autocast made of it."""
+        check_float("x", x)
         z = channels_last(x, self.dim, self._is_channel_first(x.ndim))
         if self.has_projections:
             z = self.project_in(z.to(self.project_in.weight.dtype))
@@ -82,6 +86,7 @@ class LookupFreeQuantizer(nn.Module):
 
     def _taken(self, indices: Tensor) -> Tensor:
         """What the caller has to (B, ..., C)."""
+        check_indices(indices, self.codebook_size)
         if not self.keep_num_codebooks_dim:
             return indices.unsqueeze(-1)
         if indices.ndim < 2 or indices.shape[-1] != self.num_codebooks:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vqfast.nn.layout import channels_last
 from vqfast.nn.vector_quantize import VectorQuantize
 from vqfast.ops import residual_nearest
+from vqfast.ops.checks import check_float, check_indices
 
 
 class ResidualVQ(nn.Module):
@@ -143,8 +144,9 @@ class ResidualVQ(nn.Module):
 
         Raises:
             ValueError: a shape that does not fit.
-            TypeError: a mask that is not bool.
+            TypeError: an input that is no float tensor, a mask that is not bool.
         """
+        check_float("x", x)
         if self.accept_image_fmap and x.ndim != 4:
             raise ValueError(f"x: expected shape (B, {self.dim}, H, W), got {tuple(x.shape)}")
         vectors = residual = channels_last(x, self.dim, self.channel_first)
@@ -155,7 +157,7 @@ class ResidualVQ(nn.Module):
             total, indices = residual_nearest(residual, self._stacked_codebooks(), mask=mask)
             losses = total.new_zeros(self.num_quantizers, dtype=torch.promote_types(total.dtype, torch.float32))
             result = self._output(total, vectors, mask), indices, losses
-            return (*result, self.get_codes_from_indices(indices)) if return_all_codes else result
+            return (*result, self._codes(indices)) if return_all_codes else result
         kept = self._kept_stages(rand_quantize_dropout_fixed_seed)
 
         total, indices, losses = torch.zeros_like(residual), [], []
@@ -174,19 +176,28 @@ class ResidualVQ(nn.Module):
 
         indices = torch.stack(indices, dim=-1)
         result = (self._output(total, vectors, mask), indices, torch.stack(losses))
-        return (*result, self.get_codes_from_indices(indices)) if return_all_codes else result
+        return (*result, self._codes(indices)) if return_all_codes else result
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """(B, ..., Q) int64 to each stage's code (Q, B, ..., codebook_dim), zero where the index is -1.
 
         With quantiser dropout, indices of the first stages only are taken as well.
+
+        Raises:
+            TypeError, ValueError: another dtype or shape, or an index of no code.
         """
+        check_indices(indices, max(stage.codebook_size for stage in self._stages()), least=-1)
+        if indices.ndim < 2:
+            raise ValueError(f"indices: expected shape (B, ..., {self.num_quantizers}), got {tuple(indices.shape)}")
         given = indices.shape[-1]
         fewest = 1 if self.quantize_dropout else self.num_quantizers
-        if indices.ndim < 2 or not fewest <= given <= self.num_quantizers:
+        if not fewest <= given <= self.num_quantizers:
             stages = f"1..{self.num_quantizers}" if self.quantize_dropout else self.num_quantizers
             raise ValueError(f"indices: expected shape (B, ..., {stages}), got {tuple(indices.shape)}")
-        indices = nn.functional.pad(indices, (0, self.num_quantizers - given), value=-1)
+        return self._codes(nn.functional.pad(indices, (0, self.num_quantizers - given), value=-1))
+
+    def _codes(self, indices: Tensor) -> Tensor:
+        """(B, ..., Q) to (Q, B, ..., codebook_dim)."""
         codes = [
             nn.functional.embedding(index.clamp(min=0), stage.codebook) * (index >= 0)[..., None]
             for stage, index in zip(self._stages(), indices.unbind(-1), strict=True)

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from vqfast.nn.layout import channels_last
+from vqfast.nn.precision import full_precision
 from vqfast.ops import quantize
+from vqfast.ops.checks import check_indices
 
 
 class SimVQ(nn.Module):
@@ -76,7 +78,7 @@ class SimVQ(nn.Module):
     @property
     def codebook(self) -> Tensor:
         """(K, D), computed from the frozen one at each call, with gradients to the transform."""
-        with torch.autocast(self.frozen_codebook.device.type, enabled=False):
+        with full_precision(self.frozen_codebook):
             return self.code_transform(self.frozen_codebook)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,6 +93,7 @@ class SimVQ(nn.Module):
             loss: scalar.
 
         Raises:
+            TypeError: not a float tensor.
             ValueError: a shape that does not fit.
         """
         codebook = self.codebook
@@ -106,6 +109,7 @@ class SimVQ(nn.Module):
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """(B, ...) int64 to the codes (B, ..., D), or (B, D, ...) where channel_first."""
+        check_indices(indices, self.codebook_size)
         codes = nn.functional.embedding(indices, self.codebook)
         return codes.movedim(-1, 1) if self.channel_first else codes
 

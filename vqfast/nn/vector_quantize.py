@@ -13,8 +13,9 @@ from vqfast.nn.cross_entropy import code_cross_entropy
 from vqfast.nn.following import FollowingCodebook
 from vqfast.nn.layout import channels_last
 from vqfast.nn.orthogonal import orthogonal_loss
+from vqfast.nn.precision import full_precision
 from vqfast.ops import Quantized, quantize
-from vqfast.ops.checks import check_mask
+from vqfast.ops.checks import check_float, check_indices, check_mask
 from vqfast.ops.reduction import ordered_sum
 
 
@@ -237,7 +238,7 @@ class VectorQuantize(FollowingCodebook):
             breakdown: LossBreakdown, only where asked for.
 
         Raises:
-            TypeError: a mask that is not bool.
+            TypeError: an input that is no float tensor, a mask that is not bool.
             ValueError: a shape that does not fit.
         """
         vectors = self._channels_last(x)
@@ -248,7 +249,7 @@ class VectorQuantize(FollowingCodebook):
         counted = None if mask is None else self._per_head(mask)
         temperature = self.sample_codebook_temp if sample_codebook_temp is None else sample_codebook_temp
         learns = self.learnable_codebook and not frozen
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             if follow and not self._initialised:
                 self._start_from_kmeans(z.detach(), counted)
             codebook = self.codebook if learns else self.codebook.detach()
@@ -271,6 +272,9 @@ class VectorQuantize(FollowingCodebook):
 
         Args:
             indices: (B, ...) int64, or (B, ..., H).
+
+        Raises:
+            TypeError, ValueError: another dtype or shape, or an index of no code.
         """
         codes = self._codes(indices)
         return codes.movedim(-1, 1) if self.channel_first else codes
@@ -281,6 +285,7 @@ class VectorQuantize(FollowingCodebook):
         return output.movedim(-1, 1) if self.channel_first else output
 
     def _channels_last(self, x: Tensor) -> Tensor:
+        check_float("x", x)
         for accepted, ndim, layout in (
             (self.accept_image_fmap, 4, f"(B, {self.dim}, H, W)"),
             (self.accept_3d_fmap, 5, f"(B, {self.dim}, X, Y, Z)"),
@@ -353,6 +358,7 @@ class VectorQuantize(FollowingCodebook):
 
     def _codes(self, indices: Tensor) -> Tensor:
         """(B, ...) or (B, ..., H) to (B, ..., H d); 0 where the index is -1."""
+        check_indices(indices, self.codebook_size, least=-1)
         if self.heads > 1 and indices.shape[-1:] != (self.heads,):
             raise ValueError(f"indices: expected shape (B, ..., {self.heads}), got {tuple(indices.shape)}")
         codes = F.embedding(self._stacked(indices.clamp(min=0)), self.codebook.reshape(-1, self.codebook_dim))

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,7 +47,10 @@ def checked(asked: bool = True) -> Iterator[None]:
 def describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {value!r}"
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} numpy array of shape {value.shape}"
+    text = " ".join(repr(value).split())
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
 
 def check_float(name: str, value: Any) -> None:
@@ -60,6 +64,14 @@ def check_int64(name: str, value: Any, shape: tuple[int, ...], layout: str) -> N
         raise TypeError(f"{name}: expected an int64 tensor of shape {layout}, got {describe(value)}")
     if value.shape != shape:
         raise ValueError(f"{name}: expected shape {layout} = {tuple(shape)}, got {describe(value)}")
+
+
+def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
+    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a whole number, got {describe(value)}")
+    if value < least or (most is not None and value > most):
+        expected = f"at least {least}" if most is None else f"{least}..{most}"
+        raise ValueError(f"{name}: expected {expected}, got {value}")
 
 
 def check_device(reference_name: str, reference: Tensor, **others: Tensor | None) -> None:
@@ -125,6 +137,18 @@ def _check_range(name: str, value: Tensor, low: int, high: int, meaning: str) ->
     smallest, largest = (int(v) for v in torch.aminmax(value))
     if smallest < low or largest > high:
         raise ValueError(f"{name}: expected values in {low}..{high} ({meaning}), got {smallest}..{largest}")
+
+
+def check_indices(indices: Any, codebook_size: int, least: int = 0) -> None:
+    """Indices of codes to be decoded, of any shape: int64 or int32; values in least..K-1, of which -1 is masked.
+
+    Values are looked at on the host, on other devices in checked mode, and not in a traced graph.
+    """
+    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"indices: expected an int64 or int32 tensor, got {describe(indices)}")
+    if (indices.is_cpu or checking()) and not torch.compiler.is_compiling():
+        meaning = f"K = {codebook_size}" if least == 0 else f"K = {codebook_size}; -1 is masked"
+        _check_range("indices", indices, least, codebook_size - 1, meaning)
 
 
 def _indices(indices: Tensor, codebook_size: int) -> None:

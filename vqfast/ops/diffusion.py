@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vqfast.kernels.posterior.reference import noise_vector, shares
 from vqfast.kernels.posterior.reference import posterior as _posterior_in_torch
@@ -22,6 +23,8 @@ _p_sample = torch.ops.vqfast.p_sample.default
 
 def _key(generator: torch.Generator | None, device: torch.device) -> Tensor:
     """(2,) int64 Philox key on `device`, drawn from the generator: no host read, and a CUDA graph replays it anew."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {describe(generator)}")
     source = device if generator is None else generator.device
     return torch.randint(1 << 62, (2,), generator=generator, device=source).to(device)
 
@@ -117,6 +120,7 @@ class _Posterior(torch.autograd.Function):
         return _posterior(logits, x_t, t, s, levels, noise, marginal)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_log_p):
         logits, *rest = ctx.saved_tensors
         with torch.enable_grad():
@@ -158,7 +162,11 @@ def posterior(
     if isinstance(transition, MatrixTransition):
         check_chain_values(transition.T, transition.codebook_size, t, s, logits=logits, x_t=x_t)
         return matrix_diffusion.posterior(logits, x_t, t, s, transition, marginal, span).to(logits.dtype)
-    return _Posterior.apply(logits, x_t, t, s, *transition.tables_on(logits.device), marginal)
+    rest = x_t, t, s, *transition.tables_on(logits.device), marginal
+    if torch.compiler.is_compiling() and torch.is_grad_enabled() and logits.requires_grad:
+        # A graph takes no backward that calls autograd.
+        return _posterior_in_torch(logits.double(), *rest).to(logits.dtype)
+    return _Posterior.apply(logits, *rest)
 
 
 class _DiffusionLoss(torch.autograd.Function):
@@ -173,6 +181,7 @@ class _DiffusionLoss(torch.autograd.Function):
         return ordered_sum(loss) if reduce else loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss):
         (grad,) = ctx.saved_tensors
         # In place, and without a pass over memory where the incoming gradient is 1. A second backward through the
@@ -402,6 +411,7 @@ def prior_kl(transition: Transition) -> Tensor:
     The prior is `transition.prior()`. Infinite where q(x_T | x_0) has what the prior has not: absorbing diffusion
     whose alpha_bar does not end at 0.
     """
+    _check_transition(transition)
     if isinstance(transition, MatrixTransition):
         return matrix_diffusion.prior_kl(transition)
     alpha = transition.alpha_bar[-1]

@@ -7,6 +7,7 @@ through the chain instead, and what is done to them is plain torch.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vqfast.kernels.matrix_loss.reference import divergence, log, log_prior
 from vqfast.kernels.matrix_loss.reference import marginal as marginal_scores
@@ -93,6 +94,7 @@ class _Loss(torch.autograd.Function):
         return loss * scale.to(loss.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss):
         grad = ctx.saved_tensors[0].clone()
         _scale_rows_(grad, grad_loss)

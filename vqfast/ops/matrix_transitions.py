@@ -9,6 +9,7 @@ from math import isqrt
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vqfast.kernels.transition_matmul.library import products_ahead
 from vqfast.ops.checks import describe
@@ -107,6 +108,7 @@ class _Product(torch.autograd.Function):
         return _matmul(rows, s, t, *tables, stride, transpose, span)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         s, t, *tables = ctx.saved_tensors
         stride, transpose, span = ctx.options

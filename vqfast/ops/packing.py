@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from vqfast.ops.checks import FLOATS, check_device, check_float, check_int64, describe
+from vqfast.ops.checks import FLOATS, check_device, check_float, check_int64, check_whole, describe
 
 _pack = torch.ops.vqfast.pack.default
 _unpack = torch.ops.vqfast.unpack.default
@@ -45,8 +46,7 @@ def check_order(order: str) -> None:
 
 
 def check_num_grains(num_grains: int) -> None:
-    if not 1 <= num_grains <= MOST_GRAINS:
-        raise ValueError(f"num_grains: expected 1..{MOST_GRAINS}, got {num_grains}")
+    check_whole("num_grains", num_grains, 1, MOST_GRAINS)
 
 
 def check_grains(grains: Any) -> None:
@@ -70,8 +70,10 @@ def grains_of_grid(shape: torch.Size, grains: Tensor, name: str = "values") -> i
     """G of a (B, Hf, Wf, ...) grid over (B, Hc, Wc) cells.
 
     Raises:
+        TypeError, ValueError: as `check_grains`.
         ValueError: Hf / Hc and Wf / Wc are not the same power of two, or the batches differ.
     """
+    check_grains(grains)
     images, Hc, Wc = grains.shape
     B, Hf, Wf = shape[:3]
     factor = Hf // Hc
@@ -94,6 +96,7 @@ class _PackFeatures(torch.autograd.Function):
         return packed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, *_):
         grains, *layout = ctx.saved_tensors
         return _unpack(grad, *layout, grains, ctx.num_grains, False), None, None, None
@@ -107,6 +110,7 @@ class _UnpackFeatures(torch.autograd.Function):
         return _unpack(values, cu_seqlens, positions, grain_ids, grains, num_grains, True)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return _unpack_backward(grad, *ctx.saved_tensors, ctx.num_grains), None, None, None, None, None
 
@@ -130,20 +134,19 @@ def pack(values: Tensor, grains: Tensor, *, order: str = "row", capacity: int | 
         Packed. `values` is differentiable: its gradient goes to the top left of what each code covers, zero elsewhere.
 
     Raises:
-        TypeError: dtypes other than these.
+        TypeError: dtypes other than these, a capacity that is no int.
         ValueError: shapes or devices that do not fit, an unknown order, a negative capacity, a grain out of range (on
             CUDA in checked mode only; it is clamped without), naming image and cell.
     """
     _check_values(values, (3, 4), "(B, Hf, Wf) or (B, Hf, Wf, D)")
-    check_grains(grains)
     grains_of_grid(values.shape, grains)
     check_order(order)
     check_device("values", values, grains=grains)
     if capacity is None:
         B, Hf, Wf = values.shape[:3]
         capacity = B * Hf * Wf
-    elif capacity < 0:
-        raise ValueError(f"capacity: expected at least 0, got {capacity}")
+    else:
+        check_whole("capacity", capacity, 0)
     if values.requires_grad and torch.is_grad_enabled():
         return Packed(*_PackFeatures.apply(values, grains, order == "region", capacity))
     return Packed(*_pack(values, grains, order == "region", capacity))
@@ -165,10 +168,12 @@ def unpack(packed: Packed, grains: Tensor, *, num_grains: int = 2) -> Tensor:
         (B, Hf, Wf) or (B, Hf, Wf, D). Differentiable: the gradient of a value is the sum over what it covers.
 
     Raises:
-        TypeError: dtypes other than these.
+        TypeError: dtypes other than these, or not the four parts of Packed.
         ValueError: shapes or devices that do not fit; more tokens than the fine grid has positions. In checked mode
             a code covered twice or not at all, a position or grain out of range, naming image and cell.
     """
+    if not isinstance(packed, tuple) or len(packed) != len(Packed._fields):
+        raise TypeError(f"packed: expected what pack returns, {', '.join(Packed._fields)}, got {describe(packed)}")
     values, cu_seqlens, positions, grain_ids = packed
     _check_values(values, (1, 2), "(T,) or (T, D)")
     check_grains(grains)
@@ -220,7 +225,7 @@ def position_mask(
         (B, V) bool, True where allowed: logits.masked_fill(~mask, -inf).
 
     Raises:
-        TypeError: tensors that are not int64.
+        TypeError: tensors that are not int64, sizes that are no ints.
         ValueError: shapes, sizes or devices that do not fit; a grain out of range (on CUDA in checked mode only).
     """
     if not isinstance(positions, Tensor) or positions.dtype != torch.int64:
@@ -230,11 +235,14 @@ def position_mask(
     check_int64("grain_ids", grain_ids, positions.shape, "(B, L)")
     check_int64("grain", grain, positions.shape[:1], "(B,)")
     check_num_grains(num_grains)
+    if not isinstance(cells, tuple | list) or len(cells) != 2:
+        raise TypeError(f"cells: expected two whole numbers (Hc, Wc), got {describe(cells)}")
     Hc, Wc = cells
-    if Hc < 1 or Wc < 1:
-        raise ValueError(f"cells: expected at least one cell each way, got {cells}")
+    check_whole("cells", Hc, 1)
+    check_whole("cells", Wc, 1)
     least = Hc * Wc * 4 ** (num_grains - 1) + 3
     vocab_size = least if vocab_size is None else vocab_size
+    check_whole("vocab_size", vocab_size, 0)
     if vocab_size < least:
         raise ValueError(f"vocab_size: expected at least {least}, the finest positions and 3 special, got {vocab_size}")
     check_device("positions", positions, grain_ids=grain_ids, grain=grain)
@@ -264,19 +272,19 @@ def grain_entropy(
         (B, H / P, W / P) float32 (float64 for float64 images). Not differentiable.
 
     Raises:
-        TypeError: images that are not float.
+        TypeError: images that are not float, sizes that are no ints.
         ValueError: shapes that do not divide, other than 1 or 3 channels, num_bins outside 2..1024, sigma not positive.
     """
     check_float("images", images)
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images: expected shape (B, 3, H, W) or (B, 1, H, W), got {describe(images)}")
-    if patch_size < 1 or images.shape[2] % patch_size or images.shape[3] % patch_size:
+    check_whole("patch_size", patch_size, 1)
+    if images.shape[2] % patch_size or images.shape[3] % patch_size:
         raise ValueError(
             f"patch_size: expected a divisor of {images.shape[2]} x {images.shape[3]}, the size of images, "
             f"got {patch_size}"
         )
-    if not 2 <= num_bins <= MOST_BINS:
-        raise ValueError(f"num_bins: expected 2..{MOST_BINS}, got {num_bins}")
+    check_whole("num_bins", num_bins, 2, MOST_BINS)
     lowest, highest = value_range
     if not sigma > 0 or not highest > lowest:
         raise ValueError(f"expected sigma > 0 and value_range ascending, got sigma={sigma}, value_range={value_range}")

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vqfast.ops.checks import (
     check_choice,
@@ -12,6 +13,7 @@ from vqfast.ops.checks import (
     check_float,
     check_int64,
     check_mask,
+    check_whole,
     describe,
 )
 from vqfast.ops.prepared import METRICS, PreparedCodebook, unit_vectors
@@ -153,6 +155,7 @@ class _Lookup(torch.autograd.Function):
         return quantized, error * (beta + codebook_weight), counts
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_quantized, grad_error, _):
         x, codebook, kept = ctx.saved_tensors
         indices = kept.to(torch.int64)
@@ -272,15 +275,14 @@ def codebook_stats(
         counts (K,) and sums (K, D), float32 (float64 for float64 x). Not differentiable.
 
     Raises:
-        TypeError: dtypes other than these.
+        TypeError: dtypes other than these, a codebook_size that is no int.
         ValueError: shapes or devices that do not fit, an index out of range.
     """
     check_float("x", x)
     if x.ndim < 1:
         raise ValueError(f"x: expected at least one dimension (..., D), got {describe(x)}")
     check_int64("indices", indices, x.shape[:-1], "(...) of x")
-    if codebook_size < 1:
-        raise ValueError(f"codebook_size: expected at least 1, got {codebook_size}")
+    check_whole("codebook_size", codebook_size, 1)
     if weights is not None:
         check_float("weights", weights)
         if weights.shape != indices.shape:

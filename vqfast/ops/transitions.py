@@ -11,6 +11,8 @@ A masked token stays masked. Codes are 0..K-1; the mask state, where a family ha
 import torch
 from torch import Tensor
 
+from vqfast.ops.checks import check_whole
+
 # A share of replaced tokens below this is a rounding error of 1 - alpha_bar - gamma_bar, not a choice.
 _NEGLIGIBLE = 1e-12
 
@@ -74,8 +76,7 @@ class ClosedForm(Transition):
     """
 
     def __init__(self, codebook_size: int, levels: Tensor, noise: Tensor | None = None):
-        if codebook_size < 1:
-            raise ValueError(f"codebook_size: expected at least 1, got {codebook_size}")
+        check_whole("codebook_size", codebook_size, 1)
         self.codebook_size = codebook_size
         self.T = levels.shape[0] - 1
         self.mask_id = codebook_size if levels.shape[1] == 2 else None
@@ -137,7 +138,7 @@ class Uniform(ClosedForm):
             rising, positive but for the last. Kept in float64. See vqfast.diffusion.schedules.
 
     Raises:
-        TypeError: alpha_bar is not a floating-point tensor.
+        TypeError: K is no int, or alpha_bar no floating-point tensor.
         ValueError: K or the table is not as described.
     """
 

@@ -55,7 +55,7 @@ class TrainConfig:
     workers: int = 0
     """Processes that prepare batches."""
     tensorboard: bool = True
-    """Write what TensorBoard shows, in RUN/tensorboard."""
+    """Write what TensorBoard shows, in RUN/tensorboard; --no-tensorboard does not."""
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep_last"):

@@ -196,6 +196,15 @@ def test_golden_budget(golden, case):
     torch.testing.assert_close(torch.autograd.grad(loss, gate)[0], arrays[f"{case}/grad"], rtol=1e-4, atol=1e-7)
 
 
+def test_a_gradient_of_the_gradient_is_refused_not_wrong():
+    features, grains, codebook = problem()
+    features = features.requires_grad_()
+    quantized = ops.dynamic_quantize(features, grains, codebook).quantized
+    (grad,) = torch.autograd.grad(quantized.square().sum(), features, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_errors():
     features, grains, codebook = problem()
     with pytest.raises(ValueError, match="normalise: expected one of codes, cells, got 'tokens'"):
@@ -204,5 +213,11 @@ def test_errors():
         ops.dynamic_quantize(features, grains, codebook, counting="all")
     with pytest.raises(ValueError, match="features: expected shape"):
         ops.dynamic_quantize(features[0], grains, codebook)
+    with pytest.raises(ValueError, match=r"codebook: expected D = \d+ as in features"):
+        ops.dynamic_quantize(features, grains, codebook[:, 1:])
+    with pytest.raises(TypeError, match="codebook: expected a float.*PreparedCodebook"):
+        ops.dynamic_quantize(features, grains, ops.prepare(codebook))
+    with pytest.raises(ValueError, match="grains: expected the device of features, cpu, got .* on meta"):
+        ops.dynamic_quantize(features, grains.to("meta"), codebook)
     with pytest.raises(ValueError, match="1 targets and weights|expected 1 targets"):
         ops.grain_budget_loss(torch.zeros(1, 2, 4, 4), (0.1, 0.2), (1.0,))

@@ -85,26 +85,26 @@ def check_device(reference_name: str, reference: Tensor, **others: Tensor | None
             )
 
 
-def check_codebook(x: Any, codebook: Any) -> None:
-    """x: (..., D) and codebook: (K, D), or (..., H, D) and (H, K, D): the same float dtype and device, K >= 1."""
-    check_float("x", x)
+def check_codebook(x: Any, codebook: Any, name: str = "x") -> None:
+    """x, called `name`, and codebook: (..., D) and (K, D), or (..., H, D) and (H, K, D); one float dtype, one device, K >= 1."""
+    check_float(name, x)
     check_float("codebook", codebook)
     check_codes(codebook)
     # Each look at a shape or a device makes an object; together they would be a tenth of a small search.
     shape, codes = x.shape, codebook.shape
     if not shape:
-        raise ValueError(f"x: expected at least one dimension (..., D), got {describe(x)}")
+        raise ValueError(f"{name}: expected at least one dimension (..., D), got {describe(x)}")
     if shape[-1] != codes[-1]:
-        raise ValueError(f"codebook: expected D = {shape[-1]} as in x {tuple(shape)}, got {describe(codebook)}")
+        raise ValueError(f"codebook: expected D = {shape[-1]} as in {name} {tuple(shape)}, got {describe(codebook)}")
     if len(codes) == 3 and (len(shape) < 2 or shape[-2] != codes[0]):
         raise ValueError(
-            f"x: expected (..., H, D) = (..., {codes[0]}, {codes[2]}) for a codebook of shape (H, K, D), "
+            f"{name}: expected (..., H, D) = (..., {codes[0]}, {codes[2]}) for a codebook of shape (H, K, D), "
             f"got {describe(x)}"
         )
     if x.dtype != codebook.dtype:
-        raise TypeError(f"codebook: expected the dtype of x, {x.dtype}, got {describe(codebook)}")
+        raise TypeError(f"codebook: expected the dtype of {name}, {x.dtype}, got {describe(codebook)}")
     if not (x.is_cpu and codebook.is_cpu):
-        check_device("x", x, codebook=codebook)
+        check_device(name, x, codebook=codebook)
 
 
 def check_codes(codebook: Tensor) -> None:

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from vqfast.ops.checks import check_choice, check_float, describe
+from vqfast.ops.checks import check_choice, check_codebook, check_device, check_float, describe
 from vqfast.ops.packing import Packed, check_num_grains, grains_of_grid, pack, unpack
 from vqfast.ops.reduction import ordered_sum
 from vqfast.ops.search import ESTIMATORS, codebook_stats, nearest_code, quantize
@@ -57,6 +58,7 @@ class _DynamicLookup(torch.autograd.Function):
         return quantized, error * (beta + codebook_weight), counts
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_quantized, grad_error, _):
         features, codebook, indices, chosen, grains = ctx.saved_tensors
         grad_features = grad_codebook = None
@@ -180,6 +182,8 @@ def dynamic_quantize(
     _check_account("counting", counting)
     check_choice("estimator", estimator, ESTIMATORS)
     num_grains = grains_of_grid(features.shape, grains, "features")
+    check_device("features", features, grains=grains)
+    check_codebook(features, codebook, "features")
     on_host = features.is_cpu and not torch.compiler.is_compiling()
     # Where nothing is dropped and gradients go straight through, only the search tells codes from what they cover.
     if on_host and capacity is None and estimator == "ste":

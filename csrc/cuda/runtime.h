@@ -37,7 +37,7 @@ class Launcher {
   // Starts a kernel; does nothing after an error.
   template <typename... Parameters, typename... Arguments>
   void operator()(void (*kernel)(Parameters...), const LaunchPlan &plan, Arguments... arguments) {
-    if (ok() && plan.shared_bytes > 48 << 10)
+    if (ok() && plan.shared_bytes > kPlainSharedBytes)
       keep(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)plan.shared_bytes));
     if (!ok()) return;
     cudaLaunchConfig_t config = {};

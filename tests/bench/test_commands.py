@@ -144,6 +144,14 @@ def test_the_sanitised_list_touches_every_op():
     assert step == {"nearest", "lookup", "lookup_backward", "codebook_stats"}
 
 
+def test_a_search_is_sanitised_by_every_kind_of_scores_and_layout():
+    assert sanitize.variants("nearest", "cuda") == ("float32", "bfloat16", "hopper")
+    assert sanitize.variants("nearest", "triton") == sanitize.variants("lookup", "cuda") == (None,)
+    x = torch.randn(5, 3)
+    assert torch.equal(sanitize.strided(x), x) and sanitize.strided(x).stride() == (1, 5)
+    assert sanitize.strided("l2") == "l2"
+
+
 def test_the_sanitised_list_is_right_on_the_definition(capsys):
     assert sanitize.main(["--backend", "reference", "--device", "cpu"]) == 0
     assert "0 wrong" in capsys.readouterr().out

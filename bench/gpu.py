@@ -127,9 +127,8 @@ def test(session: Session, until: float) -> str:
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     marked = [str(file.relative_to(ROOT)) for file in files if "mark.gpu" in file.read_text()]
     selection = [*marked, "tests/ops", "-k", "gpu or cuda"]
-    trouble, lines = session.run(
-        pytest + selection, until, GUARD_LOG=str(session.log_path), OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"
-    )
+    alone = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")}
+    trouble, lines = session.run(pytest + selection, until, GUARD_LOG=str(session.log_path), **alone)
     failed: dict[str, str] = {}
     for line in lines:
         if line.startswith(("FAILED ", "ERROR ")):  # when it happens, and once more in pytest's summary

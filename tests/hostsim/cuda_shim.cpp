@@ -335,7 +335,12 @@ const uint64_t *exchange(uint64_t own) {
   return values;
 }
 
-void allow_shared_bytes(const void *kernel, int bytes) { allowed[kernel] = bytes; }
+void allow_shared_bytes(const void *kernel, int bytes) {
+  if (allowed.count(kernel) && bytes < allowed[kernel])
+    fail("%d bytes of dynamic shared memory allowed instead of %d: another thread may launch with more", bytes,
+         allowed[kernel]);
+  allowed[kernel] = bytes;
+}
 
 int launch(dim3 grid, dim3 block, size_t shared_bytes, const void *kernel, const std::function<void()> &body) {
   // Without leave a block has 48 KB for dynamic memory and the kernel's own variables together.

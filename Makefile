@@ -31,6 +31,9 @@ $(VENV)/.test: $(VENV)/.train
 demo: $(VENV)/.train
 	$(BIN)/vqfast demo --out runs/demo --overwrite
 
+# A warning of the compilers is an error.
+test test-all: export VQFAST_WERROR = 1
+
 # One thread a worker: two workers already fill two cores. Tests about threads set their own number.
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not slow'

@@ -1,6 +1,8 @@
 """`make gpu`: build for the CUDA device that is here, test, sanitise, measure its ceilings, benchmark.
 
-Needs a python3 with torch, triton, numpy, pytest, pybind11, setuptools and ninja; nvcc; no package index. Environment:
+Needs a python3 with torch, triton, numpy, pytest, hypothesis, pybind11, setuptools and ninja; nvcc; no package index.
+With pytest-xdist tests run side by side, and one that hangs or breaks the device ends its own process only (guard.py).
+Environment:
 
     STAGE   comma-separated of build,test,sanitize,ceilings,scores,bench (default all)
     OPS     comma-separated ops to sanitise and benchmark (default all)
@@ -21,13 +23,16 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("build", "test", "sanitize", "ceilings", "scores", "bench")
-# Seconds that a stage may take; it gets less where the total runs out, and the stages after it keep their share of it.
+# Seconds that a stage may take: more where the stages after it leave some, less where the total runs out; those after
+# it keep their share.
 MOST = {"build": 150, "test": 150, "sanitize": 120, "ceilings": 40, "scores": 120, "bench": 260}
 SHARE = {"build": 60, "test": 60, "sanitize": 60, "ceilings": 15, "scores": 70, "bench": 120}
+_MOST_WORKERS = 12  # of the tests: each has the device's context and torch's memory for itself
 SANITIZERS = (("cuda", "memcheck"), ("cuda", "racecheck"), ("cuda", "synccheck"), ("triton", "memcheck"))
 PROBE = """
 import json, torch
@@ -84,9 +89,9 @@ class Session:
             return "out of time"
         return "" if code == 0 else f"exit code {code}"
 
-    def run(self, command: list[str], until: float) -> tuple[str, list[str]]:
+    def run(self, command: list[str], until: float, **environment: str) -> tuple[str, list[str]]:
         """What went wrong (empty: nothing), and the lines that the program wrote."""
-        process = self.start(command, self.log)
+        process = self.start(command, self.log, **environment)
         before = self.log_path.stat().st_size
         trouble = self.finish(process, until)
         text = self.log_path.read_bytes()[before:].decode(errors="replace")
@@ -112,22 +117,26 @@ def build(session: Session, until: float) -> str:
 
 
 def test(session: Session, until: float) -> str:
-    """The tests that are marked gpu, then every backend against the float64 reference on cuda."""
-    pytest = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider"]
-    pytest += ["--continue-on-collection-errors", "-W", "ignore"]
-    troubles = []
+    """The tests that are marked gpu, and every backend against the float64 reference on cuda."""
+    pytest = [sys.executable, "-m", "pytest", "-v", "--no-header", "--tb=line", "-p", "no:cacheprovider"]
+    pytest += ["-p", "bench.guard", "--continue-on-collection-errors", "-W", "ignore"]
+    if find_spec("xdist"):
+        # Most of the time Triton compiles, on a processor.
+        pytest += ["-n", str(min(os.cpu_count() or 1, _MOST_WORKERS)), "--dist", "worksteal"]
     # Only files that mark a test: others may import what is not installed here.
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     marked = [str(file.relative_to(ROOT)) for file in files if "mark.gpu" in file.read_text()]
-    for selection in ([*marked, "-m", "gpu"], ["tests/ops", "-k", "cuda", "-m", "not gpu"]):
-        trouble, lines = session.run(pytest + selection, until)
-        if trouble == "exit code 5":  # pytest's word for: nothing was selected
-            print(f"  no test for {' '.join(selection)}")
-            continue
-        show([line for line in lines if line.startswith(("FAILED", "ERROR"))], 12)
-        show(lines, 1)
-        troubles += [trouble] if trouble else []
-    return ", ".join(troubles)
+    selection = [*marked, "tests/ops", "-k", "gpu or cuda"]
+    alone = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")}
+    trouble, lines = session.run(pytest + selection, until, GUARD_LOG=str(session.log_path), **alone)
+    failed: dict[str, str] = {}
+    for line in lines:
+        if line.startswith(("FAILED ", "ERROR ")):  # when it happens, and once more in pytest's summary
+            failed.setdefault(line.split(" - ")[0].split(" ", 1)[1], line)
+    show(list(failed.values()), 20)
+    print(f"  {sum(' PASSED ' in line for line in lines)} passed, {len(failed)} failed")
+    show(lines, 1)
+    return trouble
 
 
 def sanitize(session: Session, until: float) -> str:
@@ -202,6 +211,13 @@ def closing_table(session: Session) -> None:
     print("\n" + short[-7000:])
 
 
+def end_of(order: list[str], position: int, now: float, end: float) -> float:
+    """When the stage at this position of `order` has to end, if it starts now and everything has to end at `end`."""
+    stage, later = order[position], order[position + 1 :]
+    most = max(now + MOST[stage], end - sum(MOST[other] for other in later))
+    return max(now + 5, min(most, end - sum(SHARE[other] for other in later)))
+
+
 def main() -> int:
     wanted = [stage.strip() for stage in os.environ.get("STAGE", "").split(",") if stage.strip()] or list(STAGES)
     unknown = [stage for stage in wanted if stage not in STAGES]
@@ -220,8 +236,7 @@ def main() -> int:
     order = [stage for stage in STAGES if stage in wanted]
     for position, stage in enumerate(order):
         start = time.time()
-        kept = sum(SHARE[later] for later in order[position + 1 :])
-        until = max(start + 5, min(start + MOST[stage], session.end - kept))
+        until = end_of(order, position, start, session.end)
         print(f"{stage}:", flush=True)
         try:
             trouble = globals()[stage](session, until)

@@ -25,6 +25,8 @@ from bench.sources import commit, kernel_hash
 _CACHE_BYTES = 256 << 20  # inputs in rotation are this large together: several times any GPU's cache
 _MOST_SETS = 16
 _BUSY_SHARE = 0.1
+# Who takes so long is not helped by the cache: one set of inputs will do.
+_SLOW_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -94,18 +96,28 @@ def _problems(case: Case) -> list:
 
 
 def _judged(case: Case, contender: Contender, problems: Sequence) -> tuple[list[Run], Verdict]:
-    """The contender's runs on every set of inputs, and the worst verdict on them."""
+    """The contender's runs on every set of inputs, and the worst verdict on them; on one set of a peer that is slow."""
     runs, worst = [], Verdict()
     for problem in problems:
         run = contender.prepare(problem)
+        start = time.perf_counter()
         verdict = case.judge(contender, run, problem)
+        took = time.perf_counter() - start
         runs.append(run)
         worst = Verdict(
             _larger(worst.mismatches, verdict.mismatches), _larger(worst.error, verdict.error), verdict.wrong
         )
-        if verdict.wrong:
+        if verdict.wrong or (took > _SLOW_S and contender.role != VQFAST and _seconds_of(case, run) > _SLOW_S):
             break
     return runs, worst
+
+
+def _seconds_of(case: Case, run: Run) -> float:
+    start = time.perf_counter()
+    run.call()
+    if torch.device(case.device).type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def _larger(a, b):

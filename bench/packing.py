@@ -61,7 +61,11 @@ def _judge_pack(contender: Contender, run: Run, problem: tuple[Tensor, Tensor]) 
     """Both forms, put back, give the codes."""
     codes, grains = problem
     result = run.call()
-    back = ops.unpack(result, grains) if isinstance(result, ops.Packed) else _looped(result, codes.shape)
+    if isinstance(result, ops.Packed):
+        back = ops.unpack(result, grains)
+    else:
+        # Token by token: on a GPU each would be waited for.
+        back = _looped(tuple(part.cpu() for part in result), codes.shape).to(codes.device)
     wrong = int((back != codes).sum())
     return Verdict(mismatches=wrong, wrong=f"{wrong} codes differ" if wrong else "")
 

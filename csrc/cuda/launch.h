@@ -17,6 +17,9 @@ struct LaunchPlan {
   int64_t shared_bytes;
 };
 
+// Dynamic shared memory that a block has without asking: of 48 KB, what the kernel's own variables leave for certain.
+constexpr int64_t kPlainSharedBytes = 32 << 10;
+
 constexpr int64_t kMaxCodes = 0x7fffffff - 1023;  // code numbers, padded to tiles and strides, fit 32 bits
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,16 +1,33 @@
 // Host side of every launcher: the device made current, kernels started on the caller's stream, the first error kept.
 #pragma once
 
+#include <map>
+#include <mutex>
 #include <type_traits>
+#include <utility>
 
 #include "device.cuh"
 #include "launch.h"
 
 namespace vqfast {
 
+// Lets a kernel be launched with so much dynamic shared memory on the current device. The limit is the kernel's, not the
+// launch's: it is never lowered, for another thread may be about to launch with more.
+template <typename... Parameters>
+cudaError_t allow_shared_bytes(void (*kernel)(Parameters...), int device, int64_t bytes) {
+  static std::mutex one_at_a_time;
+  static std::map<std::pair<int, void (*)(Parameters...)>, int64_t> allowed;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  int64_t &most = allowed[{device, kernel}];
+  if (bytes <= most) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+  if (error == cudaSuccess) most = bytes;
+  return error;
+}
+
 class Launcher {
  public:
-  Launcher(int device, void *stream) : stream_(static_cast<cudaStream_t>(stream)) {
+  Launcher(int device, void *stream) : stream_(static_cast<cudaStream_t>(stream)), device_(device) {
     keep(cudaGetDevice(&previous_));
     if (ok() && previous_ != device) {
       keep(cudaSetDevice(device));
@@ -37,8 +54,7 @@ class Launcher {
   // Starts a kernel; does nothing after an error.
   template <typename... Parameters, typename... Arguments>
   void operator()(void (*kernel)(Parameters...), const LaunchPlan &plan, Arguments... arguments) {
-    if (ok() && plan.shared_bytes > 48 << 10)
-      keep(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)plan.shared_bytes));
+    if (ok() && plan.shared_bytes > kPlainSharedBytes) keep(allow_shared_bytes(kernel, device_, plan.shared_bytes));
     if (!ok()) return;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(plan.grid_x, plan.grid_y);
@@ -61,6 +77,7 @@ class Launcher {
   }
 
   cudaStream_t stream_;
+  int device_;
   cudaError_t error_ = cudaSuccess;
   int previous_ = 0;
   bool restore_ = false;

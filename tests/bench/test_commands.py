@@ -104,11 +104,54 @@ def test_gpu_gives_every_stage_some_of_the_time():
     assert all(callable(getattr(gpu, stage)) for stage in gpu.STAGES)
 
 
+def test_gpu_lets_a_stage_have_what_the_others_do_not_take():
+    def seconds(stages: tuple[str, ...], stage: str, left: float) -> float:
+        return gpu.end_of(list(stages), stages.index(stage), 0.0, left)
+
+    assert seconds(gpu.STAGES, "build", 540) == gpu.MOST["build"]
+    assert seconds(("build", "test", "scores"), "test", 440) == 440 - gpu.MOST["scores"]
+    assert seconds(("bench",), "bench", 540) == 540
+    for left in (100, 200, 540):
+        later = sum(gpu.SHARE[stage] for stage in ("sanitize", "ceilings", "scores", "bench"))
+        assert seconds(gpu.STAGES, "test", left) <= max(5, left - later)
+
+
+GUARDED = """
+import ctypes, os, time
+def test_is_right(): pass
+def test_is_wrong(): assert 1 == 2, "one is not two"
+def test_hangs(): ctypes.PyDLL(None).sleep(60)
+def test_crashes(): os.abort()
+def test_is_right_too(): pass
+"""
+
+
+def test_a_test_that_hangs_or_crashes_takes_no_other_along(tmp_path):
+    """A launch that waits for ever holds Python's lock."""
+    pytest.importorskip("xdist")
+    (tmp_path / "test_guarded.py").write_text(GUARDED)
+    log = tmp_path / "log"
+    options = "-q -p no:cacheprovider -p bench.guard -n 2 --dist worksteal -c pyproject.toml --rootdir .".split()
+    done = run("-m", "pytest", *options, str(tmp_path), GUARD_LOG=str(log), GUARD_SECONDS="3")
+    assert "3 failed, 2 passed" in done.stdout, done.stdout[-3000:]
+    assert "test_is_wrong - one is not two" in log.read_text() and "Timeout" in log.read_text()
+
+
 def test_the_sanitised_list_touches_every_op():
-    assert {spec.op for spec, _, _ in sanitize.calls()} == {spec.op for spec in SPECS}
+    for backend in ("cuda", "triton"):
+        assert {spec.op for spec, _, _ in sanitize.calls("", backend)} == {spec.op for spec in SPECS}
+    assert len(list(sanitize.calls("", "triton"))) < 50 < 300 < len(list(sanitize.calls("", "cuda")))
     assert {spec.op for spec, _, _ in sanitize.calls("nearest")} == {"nearest"}
     step = {spec.op for spec, _, _ in sanitize.calls("quantize_step")}
     assert step == {"nearest", "lookup", "lookup_backward", "codebook_stats"}
+
+
+def test_a_search_is_sanitised_by_every_kind_of_scores_and_layout():
+    assert sanitize.variants("nearest", "cuda") == ("float32", "bfloat16", "hopper")
+    assert sanitize.variants("nearest", "triton") == sanitize.variants("lookup", "cuda") == (None,)
+    x = torch.randn(5, 3)
+    assert torch.equal(sanitize.strided(x), x) and sanitize.strided(x).stride() == (1, 5)
+    assert sanitize.strided("l2") == "l2"
 
 
 def test_the_sanitised_list_is_right_on_the_definition(capsys):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bench import measure as measuring
 from bench.case import PEER, VQFAST, YARDSTICK, Case, Contender, Run, judge_indices
 from bench.diffusion import judge_draws
 from bench.exact import exact_nearest
@@ -78,6 +79,19 @@ def test_a_contender_that_raises_is_reported_and_the_others_are_timed():
     measured = by_name(contest(peer_broken=broken, peer=first_wrong(0)))
     assert measured["peer_broken"].row.status == "failed" and "no memory" in measured["peer_broken"].row.note
     assert measured["peer"].row.status == OK
+
+
+def test_a_slow_peer_is_judged_on_one_set_of_inputs(monkeypatch):
+    monkeypatch.setattr(measuring, "_SLOW_S", 0.02)
+
+    def slow(exact):
+        time.sleep(0.03)
+        return exact
+
+    case = contest(vqfast=slow, peer_slow=slow, peer=first_wrong(0))
+    problems = [case.problem(seed) for seed in range(3)]
+    sets = [len(measuring._judged(case, contender, problems)[0]) for contender in case.contenders]
+    assert sets == [3, 1, 3]
 
 
 def test_the_ratio_is_to_the_fastest_peer_and_never_to_a_yardstick():

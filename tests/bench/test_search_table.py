@@ -1,6 +1,7 @@
 """The table by which a search chooses its path, as the benchmarks write it."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -47,3 +48,10 @@ def test_scores_need_a_device():
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     assert search_scores.main([]) == 2
+
+
+def test_a_kind_that_hangs_or_crashes_is_left_out(capsys):
+    does = {"float32": "", "bfloat16": "import time; time.sleep(60)", "hopper": "import os; os.abort()"}
+    assert search_scores.usable(lambda kind: [sys.executable, "-c", does[kind]], seconds=3) == ("float32",)
+    lines = capsys.readouterr().out.splitlines()
+    assert "bfloat16 | left out: no end after 3 s" in lines[0] and "hopper | left out: exit code -6" in lines[1]

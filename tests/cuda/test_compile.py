@@ -171,3 +171,17 @@ def test_warpgroups_multiply_from_shared_memory_that_the_copy_engine_fills(usage
         for instruction in ("UBLKCP", r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT", r"SYNCS\.ARRIVE\.TRANS64", "USETMAXREG"):
             assert re.search(instruction, sass), (kernel, instruction)
         assert not re.search(r"\b(LDL|STL)\b", sass), kernel
+
+
+def test_registers_that_warpgroups_take_are_those_that_one_gives_up(usage, extension, cuobjdump):
+    """Who asks for more than the block was launched with waits for ever."""
+    if not any(target == "sm_90a" for target, _ in usage):
+        pytest.skip("built without sm_90 (VQFAST_CUDA_ARCHS)")
+    kernels = disassembled(extension, cuobjdump, "sm_90a")
+    for instance, groups in {"3, 5": 3, "3, 6": 3, "3, 7": 3, "2, 7": 2}.items():
+        kernel = f"{HOPPER}<{instance}>"
+        (given_up,) = re.findall(r"USETMAXREG\.DEALLOC\S* 0x(\w+)", kernels[kernel])
+        (taken,) = re.findall(r"USETMAXREG\.TRY_ALLOC\S* \w+, 0x(\w+)", kernels[kernel])
+        given_up, taken, launched = int(given_up, 16), int(taken, 16), usage["sm_90a", kernel]["REG"]
+        assert given_up <= launched <= taken and given_up % 8 == taken % 8 == 0, (kernel, given_up, taken, launched)
+        assert given_up + groups * taken <= (groups + 1) * launched, (kernel, given_up, taken, launched)

@@ -90,7 +90,7 @@ def test_a_cuda_graph_replays_the_op_on_new_inputs(name, shape):
 def test_same_bits_every_time(spec):
     args = spec.inputs(spec.bench_shapes[0], spec.dtypes[0], "cuda", seed=4)
     first = op_of(spec)(*args)
-    for _ in range(5):
+    for _ in range(50):
         other = op_of(spec)(*args)
         pairs = zip(first, other, strict=True) if isinstance(first, tuple) else [(first, other)]
         assert all(torch.equal(a, b) for a, b in pairs)
@@ -103,19 +103,86 @@ def test_work_goes_to_the_current_stream(spec):
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         op_of(spec)(*args)  # its memory is in torch's cache from now on: a fresh allocation would wait
-        torch.cuda._sleep(20_000_000)
+        torch.cuda._sleep(100_000_000)  # 50 ms: other tests may keep the processors busy
         result = op_of(spec)(*args)
         assert not stream.query(), "the op waited for the device"
     stream.synchronize()
     spec.check(result, args)
 
 
-def test_tensors_of_another_device_than_the_current_one():
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.op)
+def test_two_streams_at_once(spec):
+    """Each with memory of its own, though allocated, given back and allocated again meanwhile."""
+    args = [spec.inputs(GRAPH_SHAPES[spec.op], spec.dtypes[0], "cuda", seed=seed) for seed in (6, 7)]
+    streams = torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(10):
+        for stream, own in zip(streams, args, strict=True):
+            with torch.cuda.stream(stream):
+                results.append((op_of(spec)(*own), own))
+    torch.cuda.synchronize()
+    for result, own in results:
+        spec.check(result, own)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.op)
+def test_tensors_of_another_device_than_the_current_one(spec):
     if torch.cuda.device_count() < 2:
         pytest.skip("one CUDA device")
-    x, codebook = torch.randn(100, 8, device="cuda:1"), torch.randn(50, 8, device="cuda:1")
-    assert torch.equal(vqfast.ops.nearest_code(x, codebook), nearest(x, codebook))
+    args = spec.inputs(GRAPH_SHAPES[spec.op], spec.dtypes[0], "cuda:1", seed=8)
+    spec.check(op_of(spec)(*args), args)
     assert torch.cuda.current_device() == 0
+
+
+CHAIN = vqfast.ops.Uniform(50, torch.linspace(1, 0.01, 11, dtype=torch.float64))
+
+
+def _quantized(estimator: str):
+    def result(x, codebook):
+        out = vqfast.ops.quantize(x, codebook, estimator=estimator)
+        return out.loss + (out.quantized * torch.linspace(-1, 1, x.shape[-1], device=x.device, dtype=x.dtype)).sum()
+
+    return result
+
+
+def _diffused(logits):
+    B, L, K = logits.shape
+    x0, x_t = (torch.arange(step, step + step * B * L, step, device="cuda").view(B, L) % K for step in (1, 7))
+    return 3 * vqfast.ops.diffusion_loss(logits, x0, x_t, 5, CHAIN, aux_weight=0.1)
+
+
+def _repacked(x):
+    grains = (torch.arange(2 * 4 * 4, device="cuda") % 2).view(2, 4, 4)
+    packed = vqfast.ops.pack(x, grains)
+    return vqfast.ops.unpack(packed, grains).square().sum()
+
+
+DIFFERENTIABLE = {
+    **{f"quantize-{name}": (_quantized(name), (200, 16), (40, 16)) for name in ("ste", "rotation", "none")},
+    "diffusion_loss": (_diffused, (3, 7, 50)),
+    "unpack": (_repacked, (2, 8, 8, 5)),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_gradients_are_those_of_the_definition_in_float64(name, compiled):
+    function, *shapes = DIFFERENTIABLE[name]
+    g = torch.Generator("cuda").manual_seed(0)
+    inputs = [torch.randn(shape, generator=g, device="cuda") for shape in shapes]
+
+    def gradients(function, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [value.to(dtype).requires_grad_() for value in inputs]
+        result = function(*leaves)
+        return [result.detach(), *torch.autograd.grad(result, leaves)]
+
+    torch._dynamo.reset()
+    got = gradients(torch.compile(function, fullgraph=True) if compiled else function, torch.float32)
+    with vqfast.backend("reference"):
+        want = gradients(function, torch.float64)
+    for mine, exact in zip(got, want, strict=True):
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_channel_first_input_of_more_than_two_to_the_31_elements():

@@ -65,6 +65,7 @@ bool (*background)(bool) = nullptr;
 
 namespace {
 
+constexpr size_t kPlainSharedBytes = 48 << 10;
 constexpr size_t kStackBytes = kRaces ? 16 << 10 : 256 << 10;
 
 enum class State { ready, at_barrier, at_warp, waiting, done };
@@ -128,7 +129,7 @@ struct SharedVariable {
 };
 SharedVariable shared[32];
 int shared_count;
-size_t shared_total;
+size_t shared_total, shared_limit;
 bool block_any[3];
 // What ThreadSanitizer orders threads by: two of each in turn, as no thread is more than one barrier ahead.
 char *block_tags;
@@ -272,7 +273,8 @@ void *shared_memory(const char *file, int line, size_t bytes) {
   for (int i = 0; i < shared_count; ++i)
     if (shared[i].line == line && shared[i].file == file) return shared[i].memory;
   shared_total += bytes;
-  if (shared_total > (size_t)settings.shared_bytes) fail("%zu bytes of shared memory", shared_total);
+  if (shared_total > shared_limit)
+    fail("%zu bytes of shared memory, dynamic and the kernel's own, where %zu were allowed", shared_total, shared_limit);
   if (shared_count == 32) fail("too many shared variables");
   SharedVariable &variable = shared[shared_count++] = {file, line, nullptr};
   if (kRaces) return variable.memory = arena(bytes);
@@ -333,10 +335,18 @@ const uint64_t *exchange(uint64_t own) {
   return values;
 }
 
-void allow_shared_bytes(const void *kernel, int bytes) { allowed[kernel] = std::max(allowed[kernel], bytes); }
+void allow_shared_bytes(const void *kernel, int bytes) {
+  if (allowed.count(kernel) && bytes < allowed[kernel])
+    fail("%d bytes of dynamic shared memory allowed instead of %d: another thread may launch with more", bytes,
+         allowed[kernel]);
+  allowed[kernel] = bytes;
+}
 
 int launch(dim3 grid, dim3 block, size_t shared_bytes, const void *kernel, const std::function<void()> &body) {
-  const size_t most = allowed.count(kernel) ? std::max(48 << 10, allowed[kernel]) : 48 << 10;
+  // Without leave a block has 48 KB for dynamic memory and the kernel's own variables together.
+  const bool more = allowed.count(kernel);
+  const size_t most = more ? (size_t)allowed[kernel] : kPlainSharedBytes;
+  shared_limit = std::min((size_t)settings.shared_bytes, more ? SIZE_MAX : kPlainSharedBytes);
   if (grid.x == 0 || grid.x > 0x7fffffffu || grid.y == 0 || grid.y > 65535 || block.x == 0 || block.x > 1024 ||
       block.x % 32 != 0 || block.y != 1 || block.z != 1 || grid.z != 1 || shared_bytes > most)
     return cudaErrorInvalidConfiguration;

@@ -154,7 +154,8 @@ inline float __int_as_float(int v) { return shim_bits<float>(v); }
 inline int __float_as_int(float v) { return shim_bits<int>(v); }
 inline double __longlong_as_double(long long v) { return shim_bits<double>(v); }
 inline long long __double_as_longlong(double v) { return shim_bits<long long>(v); }
-inline float __fdividef(float a, float b) { return a / b; }
+// As the device has it: beyond 2^126 the reciprocal is flushed to 0.
+inline float __fdividef(float a, float b) { return fabsf(b) > 0x1p126f && !isinf(b) ? a * 0 : a / b; }
 inline void __stwb(uint4 *at, uint4 v) { *at = v; }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }

@@ -76,6 +76,9 @@ std::vector<Thread> threads;
 std::vector<std::vector<std::pair<uint64_t, uint64_t>>> issued;
 std::mt19937 chance;
 
+// Of arrivals and of bytes, in a phase of a barrier.
+constexpr int kMostCounted = (1 << 20) - 1;
+
 // Shared memory that was declared static comes first; dynamic memory need not start at a multiple of more than 16.
 constexpr uint32_t kDynamicStart = 0x7c10;
 
@@ -203,7 +206,8 @@ uint32_t shared_address(const void *shared) {
 
 void initialise(uint64_t *barrier, int arrivals) {
   const Unwatched unwatched;
-  if (arrivals < 1) fail("a barrier for %d arrivals", arrivals);
+  if (arrivals < 1 || arrivals > kMostCounted) fail("a barrier for %d arrivals", arrivals);
+  if ((uintptr_t)barrier % 8 != 0) fail("a barrier at %p", (void *)barrier);
   Phases state = {};
   state.arrivals = state.pending = arrivals;
   WHEN_RACES(state.tags = new char[2];)
@@ -219,6 +223,7 @@ void arrive(uint64_t *barrier, int expected_bytes) {
   if (state.pending < 1) fail("one arrival too many at a barrier for %d", state.arrivals);
   WHEN_RACES(__tsan_release(state.tags + state.ended % 2);)
   state.bytes += expected_bytes;
+  if (state.bytes > kMostCounted) fail("a barrier that expects %lld bytes", (long long)state.bytes);
   --state.pending;
   end_if_complete(state);
 }

@@ -382,6 +382,27 @@ def test_rows_that_do_not_fit_in_shared_memory_are_read_again_with_the_same_resu
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("op", "shape"),
+    [
+        ("diffusion_loss", dict(B=1, L=1, K=12288, T=4)),
+        ("p_sample", dict(B=1, L=1, K=12288, T=4)),
+        ("matrix_loss", dict(B=1, L=2, K=170, T=2)),
+    ],
+)
+def test_rows_that_fill_48_kilobytes_leave_none_for_the_kernels_own_variables(op, shape):
+    """Dynamic shared memory alone is not beyond what a launch may have unasked: with the kernel's own it is."""
+    args = SPEC[op].inputs(shape, torch.float32, "cpu", 2)
+    SPEC[op].check(simulator.result(op, run_one(simulator.CALLS[op](*args))), args)
+
+
+def test_what_a_kernel_may_have_of_shared_memory_is_never_lowered():
+    spec = SPEC["p_sample"]
+    cases = [spec.inputs(dict(B=1, L=1, K=K, T=4), torch.float32, "cpu", 3) for K in (13000, 16384, 13000)]
+    for args, written in zip(cases, simulator.run([simulator.p_sample(*args) for args in cases]), strict=True):
+        spec.check(simulator.result("p_sample", written), args)
+
+
 def test_tokens_that_logits_cannot_matter_to_read_none():
     """Absorbing diffusion's tokens that are not masked; in the loss also those of scale 0. AddressSanitizer watches."""
     levels = torch.tensor([[1.0, 0.0], [0.6, 0.4], [0.2, 0.8]], dtype=torch.float64)

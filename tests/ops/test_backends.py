@@ -26,17 +26,24 @@ def names_of(shape) -> str:
     return ",".join(f"{k}={v}" for k, v in shape.items())
 
 
-@pytest.mark.parametrize(("spec", "backend", "device"), CASES)
-def test_matches_reference(spec, backend, device):
+# A dtype a test, for on a device Triton compiles kernels for each.
+@pytest.mark.parametrize(
+    ("spec", "backend", "device", "dtype"),
+    [
+        pytest.param(*case.values, dtype, id=f"{case.id}-{str(dtype).removeprefix('torch.')}")
+        for case in CASES
+        for dtype in case.values[0].dtypes
+    ],
+)
+def test_matches_reference(spec, backend, device, dtype):
     op = getattr(torch.ops.vqfast, spec.op)
     with vqfast.backend(backend):
         for shape in spec.test_shapes:
-            for dtype in spec.dtypes:
-                args = spec.inputs(shape, dtype, device, seed=1)
-                try:
-                    spec.check(op(*args), args)
-                except Exception as error:
-                    raise AssertionError(f"{names_of(shape)}, {dtype}: {error}") from error
+            args = spec.inputs(shape, dtype, device, seed=1)
+            try:
+                spec.check(op(*args), args)
+            except Exception as error:
+                raise AssertionError(f"{names_of(shape)}: {error}") from error
 
 
 @pytest.mark.parametrize(("spec", "backend", "device"), CASES)
@@ -58,29 +65,34 @@ def test_same_bits_every_time_and_with_any_number_of_threads(spec, backend, devi
             assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.op)
-def test_opcheck(spec):
-    args = spec.inputs(spec.test_shapes[0], spec.dtypes[0], "cpu", seed=3)
+def test_opcheck(spec, device):
+    args = spec.inputs(spec.test_shapes[0], spec.dtypes[0], device, seed=3)
     torch.library.opcheck(getattr(torch.ops.vqfast, spec.op).default, args)
 
 
-def test_opcheck_scale_rows():
-    rows, scale = torch.randn(3, 4, 5), torch.rand(3, 4)
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck_scale_rows(device):
+    rows, scale = torch.randn(3, 4, 5, device=device), torch.rand(3, 4, device=device)
     torch.library.opcheck(torch.ops.vqfast.scale_rows_.default, (rows, scale))
 
 
-@pytest.mark.parametrize("backend", [b for b, reason in registry.status("cpu").items() if reason is None])
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [(b, d) for d in DEVICES for b, reason in registry.status(d).items() if reason is None],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_scale_rows_multiplies_each_row_in_place_and_leaves_rows_of_scale_one(backend, dtype):
-    rows = torch.randn(3, 5, 131).to(dtype)
+def test_scale_rows_multiplies_each_row_in_place_and_leaves_rows_of_scale_one(backend, device, dtype):
+    rows = torch.randn(3, 5, 131, device=device).to(dtype)
     rows[0, 0, 0] = torch.nan
-    scale = torch.rand(3, 5).to(torch.promote_types(dtype, torch.float32))
+    scale = torch.rand(3, 5, device=device).to(torch.promote_types(dtype, torch.float32))
     scale[0], scale[1, 1] = 1, 0.5
     want = torch.where(scale[..., None] == 1, rows, (rows.to(scale.dtype) * scale[..., None]).to(dtype))
     with vqfast.backend(backend):
         torch.ops.vqfast.scale_rows_(rows, scale)
         torch.testing.assert_close(rows, want, equal_nan=True)
-        torch.ops.vqfast.scale_rows_(rows, torch.tensor(2.0, dtype=scale.dtype).expand(3, 5))
+        torch.ops.vqfast.scale_rows_(rows, torch.tensor(2.0, dtype=scale.dtype, device=device).expand(3, 5))
         torch.testing.assert_close(rows, (want * 2).to(dtype), equal_nan=True)
 
 

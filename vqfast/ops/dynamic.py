@@ -124,7 +124,8 @@ def _in_packed_space(
         estimator=estimator,
         mask=packed.grain_ids >= 0,
     )
-    codes = packed._replace(values=result.indices.clamp(min=0))
+    # Not by _replace, here and below: torch 2.11 does not trace a result that was made so.
+    codes = Packed(result.indices.clamp(min=0), *layout)
     indices = unpack(codes, grains, num_grains=num_grains)
     # One more, and each once: what is left out stays 0.
     chosen = _unpack(codes.values + 1, *layout, grains, num_grains, False) - 1
@@ -193,10 +194,12 @@ def dynamic_quantize(
             features, grains, codebook, num_grains, order, beta, codebook_weight, estimator, capacity
         )
     if normalise == "cells":
-        out = out._replace(loss=out.loss * (out.packed.cu_seqlens[-1] / max(out.indices.numel(), 1)))
+        loss = out.loss * (out.packed.cu_seqlens[-1] / max(out.indices.numel(), 1))
+        out = DynamicQuantized(*out[:2], loss, *out[3:])
     if counting == "cells":
         weights = code_weights(out.packed.grain_ids, num_grains)
-        out = out._replace(counts=torch.zeros_like(out.counts).scatter_add_(0, out.packed.values, weights))
+        counts = torch.zeros_like(out.counts).scatter_add_(0, out.packed.values, weights)
+        out = DynamicQuantized(*out[:3], counts, *out[4:])
     return out
 
 

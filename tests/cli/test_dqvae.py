@@ -1,6 +1,7 @@
 """`vqfast train dqvae`, `reconstruct`, `convert dqvae` and `compare dqvae`: from the command to what is on disk."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from vqfast.cli import main
+from vqfast.cli.compare_dqvae import CompareDQVAE
 from vqfast.models.dqvae import DQVAE
 from vqfast.train import load_model
 
@@ -80,6 +82,15 @@ def test_a_released_checkpoint_gives_what_it_gave_there(golden, tmp_path, capsys
     torch.save({"state_dict": {"weight": torch.ones(2)}}, tmp_path / "other.ckpt")
     assert run(f"convert dqvae {tmp_path}/other.ckpt --out {tmp_path}/other") == 2
     assert "quantize.codebook.weight is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("channels", [32, 128])
+def test_compared_networks_keep_what_is_as_bright_all_over(channels):
+    config = CompareDQVAE(data="", out=Path(), channels=channels).networks(in_channels=3)
+    with torch.device("meta"):
+        norms = [module for module in DQVAE(config).modules() if isinstance(module, torch.nn.GroupNorm)]
+    # In the published networks as well: a group of one channel would lose its mean.
+    assert norms and min(norm.num_channels // norm.num_groups for norm in norms) >= 4
 
 
 def test_comparing_writes_figures_and_pictures(folder, tmp_path):

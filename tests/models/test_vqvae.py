@@ -46,6 +46,15 @@ def test_attention_stands_at_the_resolutions_asked_for():
     assert seen == [(8, 8)] * 3, "one encoder block and two decoder blocks at that resolution"
 
 
+def test_every_normalisation_has_the_groups_asked_for():
+    shape = dict(image_size=16, mults=(1, 1, 1), attention_resolutions=(8,))
+    for options, groups in ((dict(), 32), (dict(norm_groups=8), 8)):
+        model = VQVAE(VQVAEConfig(**SMALL, **shape, **options))
+        assert {norm.num_groups for norm in model.modules() if isinstance(norm, torch.nn.GroupNorm)} == {groups}
+    with pytest.raises(ValueError, match="channels: expected a multiple of 12.*got 32"):
+        VQVAE(VQVAEConfig(**SMALL, **shape, norm_groups=12))
+
+
 def test_every_parameter_gets_a_gradient_and_the_scalars_add_up():
     model = VQVAE(VQVAEConfig(**SMALL, image_size=8, mults=(1, 1), attention_resolutions=(4,)))
     scalars = model.training_step({"image": torch.rand(4, 3, 8, 8) * 2 - 1}, 0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vqfast.nn.blocks import AttentionBlock, Downsample, ResidualBlock, Upsample
+from vqfast.nn.blocks import AttentionBlock, Downsample, ResidualBlock, Upsample, group_norm, levels, middle
 
 
 @pytest.mark.parametrize("out_channels", [None, 64])
@@ -31,6 +31,19 @@ def test_halving_and_doubling_keep_pixels_in_place():
     # The middle tap of the halving lies on the odd pixels: the window starts at the even ones.
     torch.testing.assert_close(down(x), x[..., 1::2, 1::2])
     torch.testing.assert_close(up(x), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+def test_groups_of_several_channels_keep_the_image_s_mean():
+    x, brighter = torch.randn(1, 32, 5, 5), 10 * torch.arange(32.0).view(1, 32, 1, 1)
+    torch.testing.assert_close(group_norm(32)(x + brighter), group_norm(32)(x), rtol=0, atol=1e-3)
+    means = group_norm(32, groups=8)(x + brighter).mean((2, 3))
+    assert means.view(8, 4).diff(dim=1).min() > 0.5, "within a group, the brighter channel stays the brighter"
+
+
+def test_every_block_has_the_groups_asked_for():
+    for blocks in (levels((32, 64), 2, (True,), 0.0, groups=4), middle(64, True, 0.0, groups=4)):
+        norms = [module for module in blocks.modules() if isinstance(module, torch.nn.GroupNorm)]
+        assert norms and {norm.num_groups for norm in norms} == {4}
 
 
 def test_channels_that_do_not_divide_are_named():

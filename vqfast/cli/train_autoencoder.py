@@ -9,6 +9,7 @@ from torch import nn
 from vqfast.cli.options import Training
 from vqfast.cli.training import start, train_on_images
 from vqfast.data import DataError, ImageData, open_dataset
+from vqfast.nn.blocks import GROUPS
 from vqfast.train import TrainConfig
 
 
@@ -23,7 +24,7 @@ class AutoencoderTraining(Training):
     flip: bool = False
     """Mirror training images left to right at random."""
     channels: int = 128
-    """Base width of the network; a multiple of 32."""
+    """Base width of the network; a multiple of --norm-groups."""
     mults: tuple[int, ...] | None = None
     """Width of each level as a multiple of the base; each level after the first halves the resolution.
     Default: chosen by the image size."""
@@ -33,6 +34,9 @@ class AutoencoderTraining(Training):
     """Resolutions in pixels at which all positions attend to each other."""
     dropout: float = 0.0
     """In the residual blocks."""
+    norm_groups: int = GROUPS
+    """Groups of each normalisation. A network narrower than 128 wants fewer, of 4 channels: groups of one lose an
+    image's brightness and colour."""
     codebook_size: int = 1024
     """Number of codes."""
     code_dim: int = 256

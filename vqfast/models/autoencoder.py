@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vqfast.nn.autoencoder import Decoder, Encoder
+from vqfast.nn.blocks import GROUPS
 from vqfast.nn.vector_quantize import VectorQuantize
 from vqfast.ops.checks import describe
 
@@ -20,7 +21,7 @@ class AutoencoderConfig:
     in_channels: int = 3
     """1 for grey images, 3 for RGB."""
     channels: int = 64
-    """Base width; a multiple of 32."""
+    """Base width; a multiple of norm_groups."""
     mults: tuple[int, ...] = (1, 2, 2)
     """Width of each level as a multiple of the base; each level after the first halves the resolution."""
     num_res_blocks: int = 2
@@ -28,6 +29,9 @@ class AutoencoderConfig:
     attention_resolutions: tuple[int, ...] = ()
     """Resolutions (in pixels) at which positions attend to each other."""
     dropout: float = 0.0
+    norm_groups: int = GROUPS
+    """Groups of each normalisation. As published; narrow networks want fewer, of at least 4 channels: groups of one
+    channel lose an image's brightness and colour."""
     codebook_size: int = 512
     """Number of codes."""
     code_dim: int = 64
@@ -101,7 +105,9 @@ class Autoencoder(nn.Module):
     ):
         super().__init__()
         self.config = c = config
-        shared = dict(blocks=c.num_res_blocks, middle_attention=middle_attention, dropout=c.dropout)
+        shared = dict(
+            blocks=c.num_res_blocks, middle_attention=middle_attention, dropout=c.dropout, groups=c.norm_groups
+        )
         self.encoder = Encoder(c.in_channels, stem_channels, c.widths, z_channels, attention=c.attends, **shared)
         self.quantizer = VectorQuantize(c.code_dim, c.codebook_size, accept_image_fmap=True, **quantizer)
         self.decoder = Decoder(z_channels, c.widths[::-1], c.in_channels, attention=c.attends[::-1], **shared)

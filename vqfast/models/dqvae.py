@@ -46,7 +46,7 @@ class DQVAEConfig(AutoencoderConfig, AdversarialConfig):
     image_size: int = 256
     """Side of the square images, in pixels."""
     channels: int = 128
-    """Base width; a multiple of 32."""
+    """Base width; a multiple of norm_groups."""
     mults: tuple[int, ...] = (1, 1, 2, 2, 4)
     """Width of each level of the encoder as a multiple of the base; each after the first halves the resolution."""
     decoder_mults: tuple[int, ...] | None = None
@@ -174,7 +174,7 @@ class DQVAE(Adversarial):
     def __init__(self, config: DQVAEConfig, perceptual: LPIPS | None = None):
         super().__init__()
         self.config = c = config
-        shared = dict(blocks=c.num_res_blocks, dropout=c.dropout)
+        shared = dict(blocks=c.num_res_blocks, dropout=c.dropout, groups=c.norm_groups)
         self.encoder = GrainEncoder(
             c.in_channels, c.channels, c.widths, c.z_channels, c.grains, attention=c.attends, **shared
         )
@@ -356,7 +356,7 @@ class DQVAE(Adversarial):
 def _router(config: DQVAEConfig) -> nn.Module:
     c = config
     if c.router == "feature":
-        return FeatureRouter(c.z_channels, c.grains, c.router_layers)
+        return FeatureRouter(c.z_channels, c.grains, c.router_layers, c.norm_groups)
     if c.router == "entropy":
         return EntropyRouter(c.downsampling, c.shares, c.entropy_per, c.entropy_thresholds)
     if c.router == "random":

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from vqfast.nn.autoencoder import Decoder
-from vqfast.nn.blocks import Downsample, group_norm, levels, middle
+from vqfast.nn.blocks import GROUPS, Downsample, group_norm, levels, middle
 
 
 class GrainEncoder(nn.Module):
@@ -14,13 +14,14 @@ class GrainEncoder(nn.Module):
 
     Args:
         in_channels: of the images.
-        channels: of the first convolution; a multiple of 32.
+        channels: of the first convolution; a multiple of `groups`.
         widths: channels of each level; each level after the first halves the resolution.
         out_channels: of every feature.
         grains: number of features.
         blocks: residual blocks a level.
         attention: whether each level attends; the heads always do.
         dropout: of the residual blocks.
+        groups: of each normalisation.
     """
 
     def __init__(
@@ -34,13 +35,14 @@ class GrainEncoder(nn.Module):
         blocks: int,
         attention: tuple[bool, ...],
         dropout: float,
+        groups: int = GROUPS,
     ):
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.levels = levels((channels, *widths), blocks, attention, dropout)
+        self.levels = levels((channels, *widths), blocks, attention, dropout, groups)
         self.downsamples = nn.ModuleList(Downsample(width) for width in widths[:-1])
         # Coarsest first, as grains are numbered.
-        self.heads = nn.ModuleList(_head(width, out_channels, dropout) for width in widths[: -grains - 1 : -1])
+        self.heads = nn.ModuleList(_head(width, out_channels, dropout, groups) for width in widths[: -grains - 1 : -1])
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, C, H, W) to `grains` features (B, out_channels, Hc * 2^g, Wc * 2^g), g = 0, 1, ..."""
@@ -54,9 +56,12 @@ class GrainEncoder(nn.Module):
         return [head(h) for head, h in zip(self.heads, reversed(outputs), strict=False)]
 
 
-def _head(width: int, out_channels: int, dropout: float) -> nn.Sequential:
+def _head(width: int, out_channels: int, dropout: float, groups: int) -> nn.Sequential:
     return nn.Sequential(
-        middle(width, True, dropout), group_norm(width), nn.SiLU(), nn.Conv2d(width, out_channels, 3, padding=1)
+        middle(width, True, dropout, groups),
+        group_norm(width, groups),
+        nn.SiLU(),
+        nn.Conv2d(width, out_channels, 3, padding=1),
     )
 
 

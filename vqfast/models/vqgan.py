@@ -16,7 +16,7 @@ class VQGANConfig(AutoencoderConfig, AdversarialConfig):
     image_size: int = 256
     """Side of the square images, in pixels."""
     channels: int = 128
-    """Base width; a multiple of 32."""
+    """Base width; a multiple of norm_groups."""
     mults: tuple[int, ...] = (1, 1, 2, 2, 4)
     """Width of each level as a multiple of the base; each level after the first halves the resolution."""
     attention_resolutions: tuple[int, ...] = (16,)

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqfast.nn.blocks import Downsample, Upsample, group_norm, levels, middle
+from vqfast.nn.blocks import GROUPS, Downsample, Upsample, group_norm, levels, middle
 
 
 class Encoder(nn.Module):
@@ -11,13 +11,14 @@ class Encoder(nn.Module):
 
     Args:
         in_channels: of the images.
-        channels: of the first convolution; a multiple of 32.
+        channels: of the first convolution; a multiple of `groups`.
         widths: channels of each level; each level after the first halves the resolution.
         out_channels: of the features.
         blocks: residual blocks a level.
         attention: whether each level attends.
         middle_attention: whether the blocks at the lowest resolution do.
         dropout: of the residual blocks.
+        groups: of each normalisation.
     """
 
     def __init__(
@@ -31,13 +32,14 @@ class Encoder(nn.Module):
         attention: tuple[bool, ...],
         middle_attention: bool,
         dropout: float,
+        groups: int = GROUPS,
     ):
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.levels = levels((channels, *widths), blocks, attention, dropout)
+        self.levels = levels((channels, *widths), blocks, attention, dropout, groups)
         self.downsamples = nn.ModuleList(Downsample(width) for width in widths[:-1])
-        self.middle = middle(widths[-1], middle_attention, dropout)
-        self.norm_out = group_norm(widths[-1])
+        self.middle = middle(widths[-1], middle_attention, dropout, groups)
+        self.norm_out = group_norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -58,7 +60,7 @@ class Decoder(nn.Module):
         widths: channels of each level, those of the lowest resolution first; each level after the first doubles it.
         out_channels: of the images.
         blocks: residual blocks a level of the encoder; the decoder has the harder half and gets one more.
-        attention, middle_attention, dropout: see `Encoder`; attention in the order of `widths`.
+        attention, middle_attention, dropout, groups: see `Encoder`; attention in the order of `widths`.
     """
 
     def __init__(
@@ -71,13 +73,14 @@ class Decoder(nn.Module):
         attention: tuple[bool, ...],
         middle_attention: bool,
         dropout: float,
+        groups: int = GROUPS,
     ):
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.middle = middle(widths[0], middle_attention, dropout)
-        self.levels = levels((widths[0], *widths), blocks + 1, attention, dropout)
+        self.middle = middle(widths[0], middle_attention, dropout, groups)
+        self.levels = levels((widths[0], *widths), blocks + 1, attention, dropout, groups)
         self.upsamples = nn.ModuleList(Upsample(width) for width in widths[:-1])
-        self.norm_out = group_norm(widths[-1])
+        self.norm_out = group_norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -10,26 +10,29 @@ from torch import Tensor, nn
 GROUPS = 32
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm of 32 groups.
+def group_norm(channels: int, groups: int = GROUPS) -> nn.GroupNorm:
+    """GroupNorm, of 32 groups as published, of 4 channels or more.
+
+    Narrow networks want fewer groups: of a group of one channel an image's mean is lost, and with it what is as bright
+    or as coloured all over.
 
     Raises:
-        ValueError: channels is not a multiple of 32.
+        ValueError: channels is not a multiple of `groups`.
     """
-    if channels % GROUPS:
-        raise ValueError(f"channels: expected a multiple of {GROUPS} (GroupNorm's groups), got {channels}")
-    return nn.GroupNorm(GROUPS, channels, eps=1e-6)
+    if channels % groups:
+        raise ValueError(f"channels: expected a multiple of {groups} (GroupNorm's groups), got {channels}")
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):
     """x + conv(swish(norm(conv(swish(norm(x)))))): (B, C, H, W) to (B, out_channels, H, W)."""
 
-    def __init__(self, channels: int, out_channels: int | None = None, dropout: float = 0.0):
+    def __init__(self, channels: int, out_channels: int | None = None, dropout: float = 0.0, groups: int = GROUPS):
         super().__init__()
         out_channels = channels if out_channels is None else out_channels
-        self.norm1 = group_norm(channels)
+        self.norm1 = group_norm(channels, groups)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm(out_channels, groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
@@ -43,9 +46,9 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """x + self-attention over all H * W positions, one head: (B, C, H, W), shape kept."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, groups: int = GROUPS):
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, groups)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
 
@@ -78,7 +81,9 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def levels(channels: tuple[int, ...], blocks: int, attention: tuple[bool, ...], dropout: float) -> nn.ModuleList:
+def levels(
+    channels: tuple[int, ...], blocks: int, attention: tuple[bool, ...], dropout: float, groups: int = GROUPS
+) -> nn.ModuleList:
     """Residual blocks per level of resolution, each with attention after it where asked for.
 
     Args:
@@ -86,19 +91,21 @@ def levels(channels: tuple[int, ...], blocks: int, attention: tuple[bool, ...], 
         blocks: residual blocks a level.
         attention: (n) whether a level attends.
         dropout: of the residual blocks.
+        groups: of each normalisation.
     """
     stages = []
     for level, attends in enumerate(attention):
         layers: list[nn.Module] = []
         for block in range(blocks):
-            layers.append(ResidualBlock(channels[level + (block > 0)], channels[level + 1], dropout))
+            layers.append(ResidualBlock(channels[level + (block > 0)], channels[level + 1], dropout, groups))
             if attends:
-                layers.append(AttentionBlock(channels[level + 1]))
+                layers.append(AttentionBlock(channels[level + 1], groups))
         stages.append(nn.Sequential(*layers))
     return nn.ModuleList(stages)
 
 
-def middle(channels: int, attends: bool, dropout: float) -> nn.Sequential:
+def middle(channels: int, attends: bool, dropout: float, groups: int = GROUPS) -> nn.Sequential:
     """The blocks at the lowest resolution: residual, attention where asked for, residual."""
-    attention: list[nn.Module] = [AttentionBlock(channels)] if attends else []
-    return nn.Sequential(ResidualBlock(channels, dropout=dropout), *attention, ResidualBlock(channels, dropout=dropout))
+    attention: list[nn.Module] = [AttentionBlock(channels, groups)] if attends else []
+    before, after = (ResidualBlock(channels, dropout=dropout, groups=groups) for _ in range(2))
+    return nn.Sequential(before, *attention, after)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqfast.nn.blocks import group_norm
+from vqfast.nn.blocks import GROUPS, group_norm
 from vqfast.nn.codebook import sum_over_processes
 from vqfast.ops import grain_entropy
 
@@ -41,22 +41,23 @@ class FeatureRouter(nn.Module):
     softmax (straight-through Gumbel-softmax, Jang et al. 2017, temperature 1); in eval mode the largest logit wins.
 
     Args:
-        channels: C of each feature; a multiple of 32.
+        channels: C of each feature; a multiple of `groups`.
         grains: number of grains, and of features.
         layers: 2 for linear, SiLU, linear; 1 for a single linear layer (the paper's ablation).
+        groups: of each normalisation.
 
     Raises:
         ValueError: a number out of range.
     """
 
-    def __init__(self, channels: int, grains: int = 2, layers: int = 2):
+    def __init__(self, channels: int, grains: int = 2, layers: int = 2, groups: int = GROUPS):
         super().__init__()
         _check_grains(grains)
         if layers not in (1, 2):
             raise ValueError(f"layers: expected 1 or 2, got {layers}")
         self.grains = grains
         width = channels * grains
-        self.norms = nn.ModuleList(group_norm(channels) for _ in range(grains))
+        self.norms = nn.ModuleList(group_norm(channels, groups) for _ in range(grains))
         hidden: list[nn.Module] = [nn.Linear(width, width), nn.SiLU()] if layers == 2 else []
         self.gate = nn.Sequential(*hidden, nn.Linear(width, grains))
 

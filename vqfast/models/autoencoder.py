@@ -30,8 +30,8 @@ class AutoencoderConfig:
     """Resolutions (in pixels) at which positions attend to each other."""
     dropout: float = 0.0
     norm_groups: int = GROUPS
-    """Groups of each normalisation. As published; narrow networks want fewer, of at least 4 channels: groups of one
-    channel lose an image's brightness and colour."""
+    """Groups of each normalisation. As published, of 128 channels or more; groups of one channel lose an image's
+    brightness and colour, which narrow networks for photos need."""
     codebook_size: int = 512
     """Number of codes."""
     code_dim: int = 64

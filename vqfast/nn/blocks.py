@@ -13,12 +13,15 @@ GROUPS = 32
 def group_norm(channels: int, groups: int = GROUPS) -> nn.GroupNorm:
     """GroupNorm, of 32 groups as published, of 4 channels or more.
 
-    Narrow networks want fewer groups: of a group of one channel an image's mean is lost, and with it what is as bright
-    or as coloured all over.
+    Of a group of one channel an image's mean is lost, and with it what is as bright or as coloured all over: narrow
+    networks may want fewer groups. With 32 channels, 8 groups of them took the squared error on photos after 500 steps
+    from 0.091 to 0.069 (docs/results/dqvae-photos.md); on digits, all on one background, the reconstruction lost 1 dB.
 
     Raises:
-        ValueError: channels is not a multiple of `groups`.
+        ValueError: channels is not a multiple of `groups`, or that is not positive.
     """
+    if groups < 1:
+        raise ValueError(f"groups: expected at least 1, got {groups}")
     if channels % groups:
         raise ValueError(f"channels: expected a multiple of {groups} (GroupNorm's groups), got {channels}")
     return nn.GroupNorm(groups, channels, eps=1e-6)

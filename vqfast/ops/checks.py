@@ -86,7 +86,7 @@ def check_device(reference_name: str, reference: Tensor, **others: Tensor | None
 
 
 def check_codebook(x: Any, codebook: Any, name: str = "x") -> None:
-    """x, called `name`, and codebook: (..., D) and (K, D), or (..., H, D) and (H, K, D); one float dtype, one device, K >= 1."""
+    """x, called `name`, and codebook: (..., D) and (K, D), or (..., H, D) and (H, K, D); one float dtype and device."""
     check_float(name, x)
     check_float("codebook", codebook)
     check_codes(codebook)

@@ -331,6 +331,7 @@ def test_the_budget_brings_the_router_to_its_share():
         player.step()
     assert scalars["codes"].item() / 16 == pytest.approx(1 + 3 * 0.25, abs=0.3)
     held_out = model.eval().training_step({"image": images()}, 0)
+    assert not {"commitment", "usage", "perplexity"} & set(held_out)  # figures of training batches
     share = (held_out["codes"] / 16 - 1) / 3
     torch.testing.assert_close(held_out["budget"], 10 * (share - 0.25) ** 2)
 

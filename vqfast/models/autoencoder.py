@@ -81,6 +81,17 @@ def check_images(images: Tensor, config: AutoencoderConfig) -> None:
         raise ValueError(f"images: expected (B, {channels}, {size}, {size}), got {tuple(images.shape)}")
 
 
+def codebook_scalars(quantizer: VectorQuantize, **loss: Tensor) -> dict[str, Tensor]:
+    """The quantiser's loss, by its name, and how evenly its codes are used: of training batches alone.
+
+    In eval mode it has no loss, and usage and perplexity would still be those of training.
+    """
+    if not quantizer.training:
+        return {}
+    scalars = {name: value.detach() for name, value in loss.items()}
+    return scalars | {"usage": quantizer.usage, "perplexity": quantizer.perplexity}
+
+
 class Autoencoder(nn.Module):
     """Encoder, codebook and decoder.
 
@@ -160,13 +171,3 @@ class Autoencoder(nn.Module):
 
     def _decode(self, quantized: Tensor) -> Tensor:
         return self.decoder(quantized)
-
-    def _codebook_scalars(self, **loss: Tensor) -> dict[str, Tensor]:
-        """The quantiser's loss, by its name, and how evenly its codes are used: of training batches alone.
-
-        In eval mode it has no loss, and usage and perplexity would still be those of training.
-        """
-        if not self.training:
-            return {}
-        scalars = {name: value.detach() for name, value in loss.items()}
-        return scalars | {"usage": self.quantizer.usage, "perplexity": self.quantizer.perplexity}

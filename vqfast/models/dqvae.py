@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqfast.models.adversarial import Adversarial, AdversarialConfig
-from vqfast.models.autoencoder import AutoencoderConfig, check_images
+from vqfast.models.autoencoder import AutoencoderConfig, check_images, codebook_scalars
 from vqfast.models.dqvae_networks import GrainEncoder, PositionalDecoder
 from vqfast.nn.perceptual import LPIPS
 from vqfast.nn.routers import (
@@ -310,10 +310,8 @@ class DQVAE(Adversarial):
         return {
             "loss": loss,
             **scalars,
-            "commitment": commitment.detach(),
             "codes": code_lengths(routing.grains).float().mean(),
-            "usage": self.quantizer.usage,
-            "perplexity": self.quantizer.perplexity,
+            **codebook_scalars(self.quantizer, commitment=commitment),
         }
 
     def _encode(self, features: list[Tensor], routing: Routing) -> DynamicCodes:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from vqfast.models.adversarial import Adversarial, AdversarialConfig
-from vqfast.models.autoencoder import Autoencoder, AutoencoderConfig
+from vqfast.models.autoencoder import Autoencoder, AutoencoderConfig, codebook_scalars
 from vqfast.nn.perceptual import LPIPS
 
 
@@ -84,5 +84,5 @@ class VQGAN(Adversarial, Autoencoder):
         return {
             "loss": terms.loss + self.config.codebook_weight * codebook,
             **terms.scalars,
-            **self._codebook_scalars(codebook=codebook),
+            **codebook_scalars(self.quantizer, codebook=codebook),
         }

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqfast.models.autoencoder import Autoencoder, AutoencoderConfig
+from vqfast.models.autoencoder import Autoencoder, AutoencoderConfig, codebook_scalars
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class VQVAE(Autoencoder):
         return {
             "loss": reconstruction + commitment,
             "reconstruction": reconstruction.detach(),
-            **self._codebook_scalars(commitment=commitment),
+            **codebook_scalars(self.quantizer, commitment=commitment),
         }
 
 

@@ -51,10 +51,10 @@ def in_threads(count: int, function):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
-def test_every_op_matches_the_reference_with_each_instruction_set(isa):
+def run_with(isa: str, code: str) -> None:
+    """Python code that prints the instruction set in use, in a process of its own."""
     run = subprocess.run(
-        [sys.executable, "-c", ALL_SPECS],
+        [sys.executable, "-c", code],
         env=os.environ | {"VQFAST_ISA": isa, "OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).parent,
         capture_output=True,
@@ -63,6 +63,11 @@ def test_every_op_matches_the_reference_with_each_instruction_set(isa):
     assert run.returncode == 0, run.stderr
     if run.stdout.split() != [isa]:
         pytest.skip(f"this processor has no {isa}")
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_every_op_matches_the_reference_with_each_instruction_set(isa):
+    run_with(isa, ALL_SPECS)
 
 
 LAYOUTS = {
@@ -127,16 +132,7 @@ with vqfast.backend("cpu"):
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_features_that_lie_apart_are_gathered_right_with_each_instruction_set(isa):
-    run = subprocess.run(
-        [sys.executable, "-c", GATHERED],
-        env=os.environ | {"VQFAST_ISA": isa, "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    if run.stdout.split() != [isa]:
-        pytest.skip(f"this processor has no {isa}")
+    run_with(isa, GATHERED)
 
 
 def test_an_expanded_gradient_is_read_in_place():

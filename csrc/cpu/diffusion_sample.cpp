@@ -1,4 +1,5 @@
 // Draws of diffusion: forward noise and the reverse step.
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 
@@ -13,7 +14,18 @@
 namespace vqfast {
 namespace {
 
-constexpr int64_t kDrawElements = 32;           // a draw takes as long as this many elements of a pass
+constexpr int64_t kDrawElements = 16;  // a draw takes as long as this many elements of a pass
+
+// The random bits of the first draw of rows begin..begin + kRandomRows - 1.
+struct FirstDraws {
+  int64_t begin;
+  uint64_t first[kRandomRows], second[kRandomRows];
+
+  FirstDraws(const int64_t *key, int64_t begin) : begin(begin) {
+    kernels().random_rows(key[0], key[1], begin, 0, first, second);
+  }
+  RandomBits operator[](int64_t n) const { return {first[n - begin], second[n - begin]}; }
+};
 
 template <class Passes>
 struct Reverse {
@@ -42,10 +54,10 @@ struct Reverse {
     return std::isfinite(total) && total > 0 ? truncate(passes, keep, K, scores, weights, sums, total) : total;
   }
 
-  int64_t draw(const Passes &passes, int64_t n, Real *weights, Real *scores, double *sums) const {
+  int64_t draw(const Passes &passes, int64_t n, const RandomBits &bits, Real *weights, Real *scores,
+               double *sums) const {
     const int64_t b = n / L, current = x_t[n];
-    ReverseDraw draw = begin_draw(chain, t[b], s[b], current, known ? known[n] : -1, K, marginal,
-                                  philox(key[0], key[1], n, 0));
+    ReverseDraw draw = begin_draw(chain, t[b], s[b], current, known ? known[n] : -1, K, marginal, bits);
     if (draw.decided) return draw.x_s;
 
     double total = weigh(passes, n, weights, scores, sums);
@@ -70,8 +82,12 @@ struct Reverse {
       const Buffer<double> sums = buffer<double>(padded / kBlockCodes + 1);
       enough = enough && weights && scores && sums;
 #pragma omp for schedule(static)
-      for (int64_t n = 0; n < B * L; ++n)
-        if (enough) x_s[n] = draw(passes, n, weights.get(), scores.get(), sums.get());
+      for (int64_t begin = 0; begin < B * L; begin += kRandomRows) {
+        if (!enough) continue;
+        const FirstDraws bits(key, begin);
+        for (int64_t n = begin; n < std::min(begin + kRandomRows, B * L); ++n)
+          x_s[n] = draw(passes, n, bits[n], weights.get(), scores.get(), sums.get());
+      }
     }
     return enough ? VQFAST_OK : VQFAST_OUT_OF_MEMORY;
   }
@@ -85,8 +101,16 @@ using namespace vqfast;
 extern "C" int vqfast_cpu_q_sample(const int64_t *x0, const int64_t *t, vqfast_levels levels, int64_t B, int64_t L,
                                    int64_t K, const int64_t *key, int64_t *x_t) {
 #pragma omp parallel for schedule(static) if (B * L * kDrawElements > kParallelElements)
-  for (int64_t n = 0; n < B * L; ++n)
-    x_t[n] = noised(levels, t[n / L], x0[n], philox(key[0], key[1], n, 0), K);
+  for (int64_t begin = 0; begin < B * L; begin += kRandomRows) {
+    const FirstDraws bits(key, begin);
+    const int64_t end = std::min(begin + kRandomRows, B * L);
+    for (int64_t n = begin, stop; n < end; n = stop) {
+      const int64_t b = n / L;
+      const Shares at = shares(levels, t[b]);
+      stop = std::min(end, (b + 1) * L);
+      for (int64_t i = n; i < stop; ++i) x_t[i] = noised(levels, at, x0[i], bits[i], K);
+    }
+  }
   return VQFAST_OK;
 }
 

@@ -72,6 +72,9 @@ struct Kernels {
   void (*keep_scores)(float *scores, float *weights, int64_t n, float least);
   double (*sum_scores)(const float *weights, int64_t n, double *sums);
 
+  // random_rows.h
+  void (*random_rows)(uint64_t key0, uint64_t key1, uint64_t row, uint32_t draw, uint64_t *first, uint64_t *second);
+
   // entropy_bins.h
   void (*add_bins)(const double *grey, int64_t n, double lowest, double sigma, double step, double reach, int64_t bins,
                    double *density);
@@ -92,6 +95,8 @@ struct Kernels {
 
 constexpr int64_t kMostLanes = 16;
 constexpr int64_t kMostMatrixRows = 12;
+
+constexpr int64_t kRandomRows = 16;  // rows whose random bits random_rows makes together
 
 constexpr int64_t kBlockCodes = 64;  // codes whose probabilities exp_scores sums up together
 

@@ -6,6 +6,7 @@
 namespace vqfast::VQFAST_ISA {
 
 typedef uint64_t vw __attribute__((vector_size(4 * VQFAST_LANES)));
+typedef uint64_t vw_unaligned __attribute__((vector_size(4 * VQFAST_LANES), aligned(8), may_alias));
 
 constexpr int kDoubles = VQFAST_LANES / 2;
 

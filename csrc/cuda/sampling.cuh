@@ -10,7 +10,7 @@ namespace vqfast {
 static __global__ void q_sample_tokens(const int64_t *x0, const int64_t *t, vqfast_levels chain, int64_t tokens,
                                        int64_t L, int64_t K, const int64_t *key, int64_t *x_t) {
   for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < tokens; i += (int64_t)gridDim.x * blockDim.x)
-    x_t[i] = noised(chain, clamp_index(t[i / L], chain.T + 1), x0[i],
+    x_t[i] = noised(chain, shares(chain, clamp_index(t[i / L], chain.T + 1)), x0[i],
                     philox((uint64_t)key[0], (uint64_t)key[1], (uint64_t)i, 0), K);
 }
 

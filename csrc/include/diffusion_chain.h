@@ -28,20 +28,17 @@ VQFAST_HD double noise_of(const vqfast_levels &chain, int64_t code, int64_t K) {
 VQFAST_HD int64_t noise_code(const vqfast_levels &chain, uint64_t bits, int64_t K) {
   if (!chain.noise) return below(bits, K);
   const double mark = uniform(bits);
-  int64_t first = 0, last = K - 1;
-  while (first < last) {
-    const int64_t middle = first + (last - first) / 2;
-    if (chain.cumulative[middle] > mark)
-      last = middle;
-    else
-      first = middle + 1;
+  int64_t first = 0;
+  // Without a branch, which would be a guess each time.
+  for (int64_t left = K, half; left > 1; left -= half) {
+    half = left / 2;
+    first += chain.cumulative[first + half - 1] > mark ? 0 : half;
   }
   return first;
 }
 
-// A clean token at a level of the chain, as its random bits say.
-VQFAST_HD int64_t noised(const vqfast_levels &chain, int64_t level, int64_t code, const RandomBits &bits, int64_t K) {
-  const Shares at = shares(chain, level);
+// A clean token at the level of these shares, as its random bits say.
+VQFAST_HD int64_t noised(const vqfast_levels &chain, const Shares &at, int64_t code, const RandomBits &bits, int64_t K) {
   const double part = uniform(bits.first);
   if (part < at.kept) return code;
   return at.masked > 0 && part >= at.kept + at.replaced ? K : noise_code(chain, bits.second, K);
@@ -91,7 +88,7 @@ VQFAST_HD ReverseDraw begin_draw(const vqfast_levels &chain, int64_t t, int64_t 
   draw.decided = true;
   draw.step = step_of(chain, t, s, x_t, K, marginal);
   if (known >= 0) {
-    draw.x_s = noised(chain, s, known, bits, K);
+    draw.x_s = noised(chain, shares(chain, s), known, bits, K);
     return draw;
   }
   if (draw.step.certain) return draw;

@@ -33,11 +33,17 @@ def products_ahead(steps: Tensor, diagonal: Tensor | None, stride: int) -> tuple
     """cumulative and blocks (T // stride, K, K) of the reference, all blocks at once and then one after another."""
     K, n = steps.shape[-1], steps.shape[0] // stride
     made = _rows_to_make(diagonal is not None, K)
-    blocks = torch.eye(made, K, dtype=steps.dtype, device=steps.device).repeat(n, 1, 1)
-    for i in range(stride):
+
+    def step(i: int) -> Tensor:
         at = slice(i, n * stride, stride)
-        blocks = blocks @ step_matrix(steps[at], None if diagonal is None else diagonal[at])
-    blocks = _all_rows(blocks)
+        return step_matrix(steps[at], None if diagonal is None else diagonal[at])
+
+    blocks = step(0)
+    if stride > 1:
+        blocks = blocks[:, :made]
+        for i in range(1, stride):
+            blocks = blocks @ step(i)
+        blocks = _all_rows(blocks)
     cumulative = blocks.clone()
     for i in range(1, n):
         cumulative[i] = _all_rows(cumulative[i - 1, :made] @ blocks[i])
@@ -129,8 +135,9 @@ def _slots(s: Tensor | None, t: Tensor, T: int, stride: int, span: int) -> list[
     first, last = (s + stride - 1) // stride * stride, t - t % stride  # the blocks between
     head = torch.minimum(first, t)
     slots = [("steps", torch.where(s + i < head, s + i, none)) for i in range(min(stride - 1, T))]
-    for j in range(n):
-        slots.append(("blocks", torch.where((first <= j * stride) & ((j + 1) * stride <= t), j, none)))
+    for j in range(min(span // stride, n) if span else n):
+        block = first // stride + j
+        slots.append(("blocks", torch.where((block + 1) * stride <= t, block, none)))
     tail = torch.maximum(last, head)
     return slots + [("steps", torch.where(tail + i < t, tail + i, none)) for i in range(min(stride - 1, T))]
 

@@ -1,8 +1,8 @@
 """Transition families of discrete diffusion through matrices: what cannot be said in two numbers a level.
 
 D3PM (Austin et al. 2021): q(x_t | x_{t-1} = i) is row i of a (K, K) matrix Q_t. Tables and products are float64. No
-family keeps T matrices that it was not given: `Gaussian` and `Dense` keep about 2 sqrt(T) products and make the rest of
-them step by step, `SymmetricRate` and `Nearest` keep one basis.
+family keeps T matrices that it was not given: `Gaussian` and `Dense` keep products some levels apart, between 2 sqrt(T)
+and T / 4 of them, and go on from these step by step, `SymmetricRate` and `Nearest` keep one basis.
 """
 
 from math import isqrt
@@ -17,6 +17,8 @@ from vqfast.ops.transitions import Transition, check_alpha_bar
 
 # How far a row that is given may be from the sum 1, and a rate from symmetry.
 _TOLERANCE = 1e-6
+# Levels between the products that are kept, where those take no more than so many bytes.
+_STRIDE, _KEPT_AHEAD = 8, 1 << 27
 # A mode that decays slower than this share of the fastest is a set of codes that none leaves, and rounding.
 _SLOWEST = 1e-10
 # What counts as nothing left of a token: a process in continuous time never gets to 0.
@@ -116,13 +118,19 @@ class _Product(torch.autograd.Function):
         return grad_rows.to(ctx.dtype), *([None] * 9)
 
 
+def default_stride(T: int, K: int) -> int:
+    """Levels between the products that a chain of T steps keeps: the fewer, the shorter the way from one of them."""
+    fitting = -(-2 * T * K * K * 8 // _KEPT_AHEAD)
+    return max(min(max(fitting, _STRIDE), isqrt(T)), 1)
+
+
 class _Chain(MatrixTransition):
     """Steps that need not commute, with the products of blocks of `stride` steps made ahead."""
 
     def __init__(self, steps: Tensor, diagonal: Tensor | None, stride: int | None):
         T, K = steps.shape[:2]
         if stride is None:
-            stride = max(isqrt(T), 1)
+            stride = default_stride(T, K)
         if not isinstance(stride, int) or isinstance(stride, bool) or not 1 <= stride <= T:
             raise ValueError(f"stride: expected a whole number of levels in 1..{T} (T = {T}), got {stride!r}")
         self.stride = stride
@@ -147,8 +155,8 @@ class Gaussian(_Chain):
     Args:
         codebook_size: K >= 2.
         betas: (T,) float, above 0: widths of steps 1..T. See vqfast.diffusion.schedules.gaussian_betas.
-        stride: levels between the products that are kept, 2 (T // stride) K^2 float64 in all; default about sqrt(T).
-            Level t takes t % stride products besides: 1 keeps every level.
+        stride: levels between the products that are kept, 2 (T // stride) K^2 float64 in all. Level t takes t % stride
+            products besides: 1 keeps every level. Default: 8, up to sqrt(T) where the products would exceed 128 MB.
 
     Raises:
         TypeError: betas is not a floating-point tensor. ValueError: K, betas or stride out of range.

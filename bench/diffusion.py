@@ -25,6 +25,12 @@ from vqfast.ops import Absorbing, Marginal, MaskAndReplace, Transition, Uniform,
 # The definition holds a dozen float64 tensors of B x L x K: on a CPU it competes where those are small.
 _REFERENCE_ELEMENTS = 1e6
 
+
+def few_scores(shape: Mapping[str, Any], device: str) -> bool:
+    """Whether the definition competes at this size."""
+    return device != "cpu" or shape["B"] * shape["L"] * shape["K"] <= _REFERENCE_ELEMENTS
+
+
 # A draw is judged by sums over all tokens, in standard deviations from what the exact distribution expects.
 _SIGMAS = 6.0
 
@@ -117,9 +123,9 @@ def eager_loss(logits: Tensor, x0: Tensor, x_t: Tensor, step: Levels, past: Leve
     return torch.where(last[:, None], likelihood, kl).mean()
 
 
-def gumbel_argmax(log_p: Tensor) -> Tensor:
+def gumbel_argmax(log_p: Tensor, dim: int = 1) -> Tensor:
     noise = torch.rand_like(log_p)
-    return (log_p - (-(noise + 1e-30).log() + 1e-30).log()).argmax(1)
+    return (log_p - (-(noise + 1e-30).log() + 1e-30).log()).argmax(dim)
 
 
 def eager_p_sample(logits: Tensor, x_t: Tensor, step, past) -> Tensor:
@@ -140,7 +146,8 @@ def replace_q_sample(x0: Tensor, alpha: Tensor, K: int) -> Tensor:
 # ---- loss ------------------------------------------------------------------------------------------------------------
 
 
-def _gradient(loss, logits: Tensor):
+def gradient_of(loss, logits: Tensor):
+    """A call that gives loss(logits) and its gradient."""
     logits = logits.detach().requires_grad_()
 
     def both() -> tuple[Tensor, Tensor]:
@@ -151,7 +158,7 @@ def _gradient(loss, logits: Tensor):
 
 
 def _vqfast_loss(p: DiffusionProblem):
-    return _gradient(lambda logits: diffusion_loss(logits, p.x0, p.x_t, p.t, p.transition, s=p.s), p.logits)
+    return gradient_of(lambda logits: diffusion_loss(logits, p.x0, p.x_t, p.t, p.transition, s=p.s), p.logits)
 
 
 def _step_levels(p: DiffusionProblem):
@@ -165,7 +172,7 @@ def _step_levels(p: DiffusionProblem):
 
 def _eager_loss(p: DiffusionProblem, loss) -> Run:
     step, past, last = *_step_levels(p), p.s == 0
-    both = _gradient(lambda logits: loss(logits, p.x0, p.x_t, step, past, last), p.channels)
+    both = gradient_of(lambda logits: loss(logits, p.x0, p.x_t, step, past, last), p.channels)
 
     def rows() -> tuple[Tensor, Tensor]:
         value, grad = both()
@@ -176,7 +183,7 @@ def _eager_loss(p: DiffusionProblem, loss) -> Run:
 
 def _cross_entropy(p: DiffusionProblem) -> Run:
     target = p.x0.flatten()
-    return Run(_gradient(lambda logits: F.cross_entropy(logits.flatten(0, 1), target), p.logits))
+    return Run(gradient_of(lambda logits: F.cross_entropy(logits.flatten(0, 1), target), p.logits))
 
 
 def _exact_loss(p: DiffusionProblem) -> tuple[Tensor, Tensor]:
@@ -201,8 +208,7 @@ def diffusion_loss_case(shape: Mapping[str, Any], dtype: torch.dtype, device: st
     version = torch.__version__
     compiled = torch.compile(eager_loss, dynamic=False)
     ops = ("diffusion_loss", "scale_rows_")
-    few = shape["B"] * shape["L"] * shape["K"] <= _REFERENCE_ELEMENTS
-    contenders = vqfast_backends(device, ops, _vqfast_loss, reference=few or device != "cpu") + [
+    contenders = vqfast_backends(device, ops, _vqfast_loss, reference=few_scores(shape, device)) + [
         Contender("torch log one-hot", PEER, lambda p: _eager_loss(p, eager_loss), version),
         Contender("torch.compile(log one-hot)", PEER, lambda p: _eager_loss(p, compiled), version, compiled=True),
         Contender("torch cross_entropy (another loss)", YARDSTICK, _cross_entropy, version),
@@ -241,7 +247,7 @@ def judge_draws(log_p: Tensor, drawn: Tensor, x: Tensor) -> Verdict:
     return Verdict(wrong=wrong)
 
 
-def _seeded(device: torch.device) -> torch.Generator:
+def seeded(device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(20)
 
 
@@ -259,7 +265,7 @@ def _vqfast_p_sample(p: DiffusionProblem) -> Run:
     def draw(generator: torch.Generator | None = None) -> Tensor:
         return p_sample(p.logits, p.x_t, p.t, p.s, p.transition, generator=generator)
 
-    return Run(draw, evidence=lambda: draw(_seeded(p.x0.device)))
+    return Run(draw, evidence=lambda: draw(seeded(p.x0.device)))
 
 
 def _eager_p_sample(p: DiffusionProblem, sample) -> Run:
@@ -310,7 +316,7 @@ def _vqfast_q_sample(p: NoiseProblem) -> Run:
     def draw(generator: torch.Generator | None = None) -> Tensor:
         return q_sample(p.x0, p.t, p.transition, generator=generator)
 
-    return Run(draw, evidence=lambda: draw(_seeded(p.x0.device)))
+    return Run(draw, evidence=lambda: draw(seeded(p.x0.device)))
 
 
 def _eager_q_sample(p: NoiseProblem) -> Run:

@@ -8,6 +8,7 @@ import torch
 from bench.case import Case
 from bench.codebook import codebook_stats_case, quantize_step_case
 from bench.diffusion import diffusion_loss_case, p_sample_case, q_sample_case
+from bench.matrix_diffusion import matrix_loss_case, matrix_sample_case
 from bench.packing import dynamic_quantize_case, dynamic_quantize_step_case, pack_case, unpack_case
 from bench.residual import residual_nearest_case
 from bench.search import nearest_case
@@ -21,6 +22,8 @@ CASES: dict[str, Callable[[Mapping[str, Any], torch.dtype, str], Case]] = {
     "q_sample": q_sample_case,
     "diffusion_loss": diffusion_loss_case,
     "p_sample": p_sample_case,
+    "matrix_loss": matrix_loss_case,
+    "matrix_sample": matrix_sample_case,
     "pack": pack_case,
     "unpack": unpack_case,
     "dynamic_quantize": dynamic_quantize_case,
@@ -48,6 +51,9 @@ def _noised_shapes(shape: Mapping[str, Any]) -> list:
     return [(dict(shape, family=family), F32) for family in _NOISED]
 
 
+# Grey levels, as D3PM has them.
+_PIXELS = dict(B=32, L=256, K=256, T=1000)
+
 # Seconds on two cores: the specs' own sizes.
 CPU_SHAPES = {
     "nearest": [(shape, F32) for shape in NEAREST.bench_shapes],
@@ -63,6 +69,8 @@ CPU_SHAPES = {
         *((shape, F32) for shape in P_SAMPLE.bench_shapes),
         *_noised_shapes(dict(B=8, L=256, K=1024, T=1000, step=10)),
     ],
+    "matrix_loss": [(_PIXELS, F32)],
+    "matrix_sample": [(dict(_PIXELS, step=10), F32)],
     **_packing_shapes(_GRID, _DYNAMIC),
 }
 
@@ -88,6 +96,8 @@ CUDA_SHAPES = {
         (dict(_TOKENS, step=10), BF16),
         *_noised_shapes(dict(_TOKENS, step=10)),
     ],
+    "matrix_loss": [(_PIXELS, F32)],
+    "matrix_sample": [(dict(_PIXELS, step=10), F32)],
     **_packing_shapes(dict(_GRID, B=30), dict(_DYNAMIC, B=30)),
 }
 
@@ -103,6 +113,8 @@ TINY_SHAPES = {
         (dict(B=4, L=64, K=32, T=100, step=10), F32),
         *_noised_shapes(dict(B=4, L=64, K=32, T=100, step=10)),
     ],
+    "matrix_loss": [(dict(B=4, L=64, K=32, T=100), F32)],
+    "matrix_sample": [(dict(B=4, L=64, K=32, T=100, step=10), F32)],
     **_packing_shapes(dict(B=2, H=4, W=4, G=2), dict(B=2, H=4, W=4, K=32, D=8)),
 }
 

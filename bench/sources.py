@@ -18,6 +18,8 @@ KERNELS = {
     "q_sample": ("q_sample", "posterior"),
     "diffusion_loss": ("diffusion_loss", "posterior"),
     "p_sample": ("p_sample", "q_sample", "posterior"),
+    "matrix_loss": ("matrix_loss", "transition_matmul"),
+    "matrix_sample": ("matrix_sample", "matrix_loss", "transition_matmul"),
     "pack": ("pack",),
     "unpack": ("unpack",),
     "dynamic_quantize": _DYNAMIC,
@@ -30,10 +32,13 @@ _FAMILIES = {
     "residual_nearest": {"residual"},
     "lookup": {"codebook", "lookup"},
     "codebook_stats": {"codebook"},
-    "q_sample": {"diffusion", "sampling"},
+    "q_sample": {"diffusion", "sampling", "random"},
     "posterior": {"diffusion"},
     "diffusion_loss": {"diffusion"},
-    "p_sample": {"diffusion", "sampling", "truncate"},
+    "p_sample": {"diffusion", "sampling", "truncate", "random"},
+    "matrix_loss": {"matrix", "diffusion", "truncate"},
+    "matrix_sample": {"matrix", "diffusion", "truncate"},
+    "transition_matmul": {"matrix", "diffusion", "truncate"},
     "pack": {"pack", "packing"},
     "unpack": {"pack", "packing"},
     "dynamic_lookup": {"dynamic"},
@@ -52,12 +57,15 @@ def source_files(contender: str, op: str, root: Path = ROOT) -> list[Path]:
         op: name of the benchmark.
     """
     kernels = KERNELS[op]
+    # What backends share in Python: products by a library.
+    library = [file for op in kernels if (file := root / "kernels" / op / "library.py").is_file()]
     if contender not in _FOLDER:
         what = "triton" if contender.endswith("triton") else "reference"
         shared = ("fusion_triton.py", "philox_triton.py") if what == "triton" else ("philox.py",)
-        return [root / "kernels" / file for file in shared] + [root / "kernels" / op / f"{what}.py" for op in kernels]
+        own = [root / "kernels" / op / f"{what}.py" for op in kernels]
+        return [root / "kernels" / file for file in shared] + own + library
     mine = set().union(*(_FAMILIES[op] for op in kernels))
-    files = []
+    files = library
     for folder in ("include", _FOLDER[contender]):
         for file in (root / "csrc" / folder).glob("*"):
             word = file.stem.split("_")[0]

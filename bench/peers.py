@@ -8,6 +8,7 @@ import torch
 from bench.case import Case
 from bench.codebook import codebook_stats_case, quantize_step_case
 from bench.diffusion import diffusion_loss_case, p_sample_case, q_sample_case
+from bench.grains import grain_entropy_case, position_mask_case
 from bench.matrix_diffusion import matrix_loss_case, matrix_sample_case
 from bench.packing import dynamic_quantize_case, dynamic_quantize_step_case, pack_case, unpack_case
 from bench.residual import residual_nearest_case
@@ -28,6 +29,8 @@ CASES: dict[str, Callable[[Mapping[str, Any], torch.dtype, str], Case]] = {
     "unpack": unpack_case,
     "dynamic_quantize": dynamic_quantize_case,
     "dynamic_quantize_step": dynamic_quantize_step_case,
+    "position_mask": position_mask_case,
+    "grain_entropy": grain_entropy_case,
 }
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -40,7 +43,15 @@ _DYNAMIC = dict(B=8, H=16, W=16, K=1024, D=256)
 def _packing_shapes(grid: Mapping[str, Any], dynamic: Mapping[str, Any]) -> dict[str, list]:
     codes = [(grid, torch.int64)]
     features = [(dynamic, F32)]
-    return dict(pack=codes, unpack=codes, dynamic_quantize=features, dynamic_quantize_step=features)
+    images = [(dict(B=grid["B"], P=16, rows=grid["H"], columns=grid["W"]), F32)]
+    return dict(
+        pack=codes,
+        unpack=codes,
+        dynamic_quantize=features,
+        dynamic_quantize_step=features,
+        position_mask=codes,
+        grain_entropy=images,
+    )
 
 
 # Every noise of closed form. Fewer tokens than of uniform noise, as the dense peers need seconds.

@@ -24,25 +24,27 @@ KERNELS = {
     "unpack": ("unpack",),
     "dynamic_quantize": _DYNAMIC,
     "dynamic_quantize_step": _DYNAMIC,
+    "position_mask": ("position_mask",),
+    "grain_entropy": ("grain_entropy",),
 }
 
 # First words of file names in csrc that belong to some ops only; every other file counts for all.
 _FAMILIES = {
-    "nearest": {"nearest", "tensor"},
+    "nearest": {"nearest", "tensor", "bfloat16"},
     "residual_nearest": {"residual"},
     "lookup": {"codebook", "lookup"},
     "codebook_stats": {"codebook"},
-    "q_sample": {"diffusion", "sampling", "random"},
+    "q_sample": {"diffusion", "sampling", "truncate", "random"},
     "posterior": {"diffusion"},
     "diffusion_loss": {"diffusion"},
     "p_sample": {"diffusion", "sampling", "truncate", "random"},
     "matrix_loss": {"matrix", "diffusion", "truncate"},
     "matrix_sample": {"matrix", "diffusion", "truncate"},
     "transition_matmul": {"matrix", "diffusion", "truncate"},
-    "pack": {"pack", "packing"},
-    "unpack": {"pack", "packing"},
-    "dynamic_lookup": {"dynamic"},
-    "position_mask": {"position", "packing"},
+    "pack": {"pack", "packing", "grain"},
+    "unpack": {"pack", "packing", "grain"},
+    "dynamic_lookup": {"dynamic", "grain", "codebook", "lookup"},
+    "position_mask": {"position", "packing", "grain"},
     "grain_entropy": {"entropy", "grain", "packing"},
 }
 _PARTICULAR = set().union(*_FAMILIES.values())

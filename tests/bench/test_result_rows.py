@@ -1,6 +1,7 @@
 """Figures keep their columns, are replaced by newer ones, and are STALE once their kernel has changed."""
 
 import csv
+import re
 import shutil
 from dataclasses import fields, replace
 from pathlib import Path
@@ -95,6 +96,16 @@ def test_a_changed_kernel_makes_its_own_rows_stale(sources, file, changes, keeps
 def test_every_op_depends_on_files_that_exist(backend, op):
     files = source_files(backend, op)
     assert files and all(file.is_file() for file in files)
+
+
+@pytest.mark.parametrize("op", KERNELS)
+@pytest.mark.parametrize("backend", ["vqfast cpu", "vqfast cuda"])
+def test_what_an_op_includes_is_among_the_files_it_depends_on(backend, op):
+    files = source_files(backend, op)
+    # The tables of loop bodies, one an instruction set, name those of every op.
+    own = [file for file in files if file.stem != "bodies" and not file.stem.startswith("isa_")]
+    included = [re.findall(r'^#include "(.+)"', file.read_text(), re.M) for file in own]
+    assert {name for names in included for name in names} <= {file.name for file in files} | {"cuda_shim.h"}  # a test's
 
 
 def test_stale_rows_are_shown_as_stale_and_peers_never_are(tmp_path):

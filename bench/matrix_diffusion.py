@@ -118,7 +118,7 @@ def _judge_loss(contender: Contender, run: Run, p: MatrixProblem) -> Verdict:
 def matrix_loss_case(shape: Mapping[str, Any], dtype: torch.dtype, device: str) -> Case:
     version = torch.__version__
     compiled = torch.compile(eager_loss, dynamic=False)
-    needed = ("matrix_loss", "transition_matmul", "scale_rows_")
+    needed = ("matrix_loss", "scale_rows_")
     contenders = vqfast_backends(device, needed, _vqfast_loss, reference=few_scores(shape, device)) + [
         Contender("torch, all matrices kept", PEER, lambda p: _eager_loss(p, shape, eager_loss), version),
         Contender(
@@ -165,7 +165,7 @@ def _judge_p_sample(contender: Contender, run: Run, p: MatrixProblem) -> Verdict
 def matrix_sample_case(shape: Mapping[str, Any], dtype: torch.dtype, device: str) -> Case:
     version = torch.__version__
     compiled = torch.compile(eager_p_sample, dynamic=False)
-    needed, few = ("matrix_sample", "transition_matmul"), few_scores(shape, device)
+    needed, few = ("matrix_sample",), few_scores(shape, device)
     contenders = vqfast_backends(device, needed, _vqfast_p_sample, reference=few) + [
         Contender("torch, all matrices kept", PEER, lambda p: _eager_p_sample(p, shape, eager_p_sample), version),
         Contender(

@@ -13,6 +13,7 @@ from vqfast.kernels.nearest.spec import SPEC as NEAREST
 from vqfast.kernels.p_sample.spec import SPEC as P_SAMPLE
 from vqfast.kernels.pack.spec import SPEC as PACK
 from vqfast.kernels.position_mask.spec import SPEC as POSITION_MASK
+from vqfast.kernels.posterior.spec import BACKWARD_SPEC as POSTERIOR_BACKWARD
 from vqfast.kernels.posterior.spec import SPEC as POSTERIOR
 from vqfast.kernels.q_sample.spec import SPEC as Q_SAMPLE
 from vqfast.kernels.residual_nearest.spec import SPEC as RESIDUAL_NEAREST
@@ -28,6 +29,7 @@ SPECS = (
     CODEBOOK_STATS,
     Q_SAMPLE,
     POSTERIOR,
+    POSTERIOR_BACKWARD,
     DIFFUSION_LOSS,
     P_SAMPLE,
     TRANSITION_MATMUL,

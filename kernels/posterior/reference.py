@@ -111,3 +111,34 @@ def posterior(
         return codes
     stays_masked = torch.where(step.masked, 1 - step.flip, 0.0).log().to(logits.dtype)
     return torch.cat([codes, stays_masked], dim=-1)
+
+
+def posterior_backward(
+    grad: Tensor,
+    logits: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    s: Tensor,
+    levels: Tensor,
+    noise: Tensor | None,
+    marginal: bool,
+) -> Tensor:
+    """Gradient of `posterior` to its logits.
+
+    Args:
+        grad: (B, L, K), or (B, L, K + 1) with a mask state, whose own probability no logit moves.
+        logits, x_t, t, s, levels, noise, marginal: as given to `posterior`.
+
+    Returns:
+        (B, L, K), dtype of logits; 0 where x_s is certain.
+    """
+    K = logits.shape[-1]
+    step, grad = step_of(x_t, t, s, levels, noise, K), grad[..., :K].to(logits.dtype)
+    p = torch.softmax(shifted(logits, step) if marginal else logits, dim=-1)
+    predicted, drawn = step.signal.to(p.dtype) * p, step.noise.to(p.dtype)
+    moved = grad * torch.where(drawn > 0, predicted / (predicted + drawn), 1)
+    stays = step.stay.to(p.dtype) * predicted.gather(-1, step.code)
+    normaliser = step.move.to(p.dtype) + step.stay.to(p.dtype) * (predicted + drawn).gather(-1, step.code)
+    at_x_t = grad.sum(-1, keepdim=True) * stays / normaliser
+    out = moved - p * (moved.sum(-1, keepdim=True) - at_x_t)
+    return out.scatter_add(-1, step.code, -at_x_t).masked_fill(step.certain, 0)

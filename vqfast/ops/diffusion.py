@@ -5,7 +5,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vqfast.kernels.posterior.reference import noise_vector, shares
-from vqfast.kernels.posterior.reference import posterior as _posterior_in_torch
 from vqfast.ops import matrix_diffusion
 from vqfast.ops.checks import check_chain_values, check_device, check_float, check_int64, describe
 from vqfast.ops.matrix_transitions import MatrixTransition
@@ -16,6 +15,7 @@ RULES = ("joint", "marginal")
 
 _q_sample = torch.ops.vqfast.q_sample.default
 _posterior = torch.ops.vqfast.posterior.default
+_posterior_backward = torch.ops.vqfast.posterior_backward.default
 _diffusion_loss = torch.ops.vqfast.diffusion_loss.default
 _scale_rows_ = torch.ops.vqfast.scale_rows_.default
 _p_sample = torch.ops.vqfast.p_sample.default
@@ -111,8 +111,6 @@ def q_sample(
 
 
 class _Posterior(torch.autograd.Function):
-    """The gradient goes through the definition: a posterior is looked at, not trained on, more often than not."""
-
     @staticmethod
     def forward(ctx, logits, x_t, t, s, levels, noise, marginal):
         ctx.save_for_backward(logits, x_t, t, s, levels, noise)
@@ -122,12 +120,7 @@ class _Posterior(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_log_p):
-        logits, *rest = ctx.saved_tensors
-        with torch.enable_grad():
-            logits = logits.detach().requires_grad_()
-            log_p = _posterior_in_torch(logits, *rest, ctx.marginal)
-            (grad,) = torch.autograd.grad(log_p, logits, grad_log_p)
-        return grad, *([None] * 6)
+        return _posterior_backward(grad_log_p, *ctx.saved_tensors, ctx.marginal), *([None] * 6)
 
 
 def posterior(
@@ -148,7 +141,7 @@ def posterior(
         rule: "joint" or "marginal".
 
     Returns:
-        (B, L, transition.states), dtype of logits. Gradient to logits, through plain torch.
+        (B, L, transition.states), dtype of logits. Gradient to logits.
 
     Raises:
         TypeError, ValueError: dtypes, shapes, devices or values other than these.
@@ -162,11 +155,7 @@ def posterior(
     if isinstance(transition, MatrixTransition):
         check_chain_values(transition.T, transition.codebook_size, t, s, logits=logits, x_t=x_t)
         return matrix_diffusion.posterior(logits, x_t, t, s, transition, marginal, span).to(logits.dtype)
-    rest = x_t, t, s, *transition.tables_on(logits.device), marginal
-    if torch.compiler.is_compiling() and torch.is_grad_enabled() and logits.requires_grad:
-        # A graph takes no backward that calls autograd.
-        return _posterior_in_torch(logits.double(), *rest).to(logits.dtype)
-    return _Posterior.apply(logits, *rest)
+    return _Posterior.apply(logits, x_t, t, s, *transition.tables_on(logits.device), marginal)
 
 
 class _DiffusionLoss(torch.autograd.Function):

@@ -79,6 +79,19 @@ def _posterior(
     return logits.new_empty(B, L, K + levels.shape[1] - 1)
 
 
+def _posterior_backward(
+    grad: Tensor,
+    logits: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    s: Tensor,
+    levels: Tensor,
+    noise: Tensor | None,
+    marginal: bool,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
 def _diffusion_loss(
     logits: Tensor,
     x0: Tensor,
@@ -255,10 +268,9 @@ _define(
     "q_sample(Tensor x0, Tensor t, Tensor levels, Tensor? noise, SymInt codebook_size, Tensor key) -> Tensor",
     _q_sample,
 )
-_define(
-    "posterior(Tensor logits, Tensor x_t, Tensor t, Tensor s, Tensor levels, Tensor? noise, bool marginal) -> Tensor",
-    _posterior,
-)
+_PREDICTION = "Tensor logits, Tensor x_t, Tensor t, Tensor s, Tensor levels, Tensor? noise, bool marginal"
+_define(f"posterior({_PREDICTION}) -> Tensor", _posterior)
+_define(f"posterior_backward(Tensor grad, {_PREDICTION}) -> Tensor", _posterior_backward)
 _define(
     "diffusion_loss(Tensor logits, Tensor x0, Tensor x_t, Tensor t, Tensor s, Tensor levels, Tensor? noise, "
     "Tensor scale, bool marginal, float aux_weight, bool with_grad) -> (Tensor, Tensor)",

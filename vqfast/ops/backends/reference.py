@@ -1,5 +1,7 @@
 """Plain torch on any device: the definition of every op, and the fallback."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from vqfast.kernels.nearest.reference import nearest
 from vqfast.kernels.p_sample.reference import p_sample
 from vqfast.kernels.pack.reference import pack
 from vqfast.kernels.position_mask.reference import position_mask
-from vqfast.kernels.posterior.reference import posterior
+from vqfast.kernels.posterior.reference import posterior, posterior_backward
 from vqfast.kernels.q_sample.reference import q_sample
 from vqfast.kernels.residual_nearest.reference import residual_nearest
 from vqfast.kernels.transition_matmul.library import by_batches
@@ -37,6 +39,10 @@ def _posterior(
     logits: Tensor, x_t: Tensor, t: Tensor, s: Tensor, levels: Tensor, noise: Tensor | None, marginal: bool
 ) -> Tensor:
     return posterior(logits.double(), x_t, t, s, levels, noise, marginal).to(logits.dtype)
+
+
+def _posterior_backward(grad: Tensor, logits: Tensor, *rest: Any) -> Tensor:
+    return posterior_backward(grad, logits.double(), *rest).to(logits.dtype)
 
 
 def _diffusion_loss(
@@ -126,6 +132,7 @@ KERNELS = {
     "codebook_stats": codebook_stats,
     "q_sample": q_sample,
     "posterior": _posterior,
+    "posterior_backward": _posterior_backward,
     "diffusion_loss": _diffusion_loss,
     "scale_rows_": _scale_rows_,
     "p_sample": p_sample,

@@ -1,13 +1,9 @@
-"""Benchmarks of the joint rule: forward noise, loss with its gradient, reverse step; `family` in a shape names the
-noise, uniform if there is none.
-
-The eager peers are multinomial diffusion as it is usually written (Hoogeboom et al. 2021, eqs. 12-15): every
-distribution a dense (B, K, L) tensor of logarithms, mixed with logaddexp, drawn from by adding Gumbel noise. Where
-there is a mask state it is one class more, as in the code released with VQ-Diffusion.
+"""Benchmarks of the joint rule: forward noise, posterior, loss with its gradient, reverse step; `family` in a shape names the
+noise, uniform if there is none. The peers are in log_onehot.py.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +12,30 @@ from torch import Tensor
 import vqfast
 from bench.backends import vqfast_backends
 from bench.case import PEER, VQFAST, YARDSTICK, Case, Contender, Run, Verdict, judge_values, relative_error
+from bench.log_onehot import (
+    eager_loss,
+    eager_p_sample,
+    eager_posterior,
+    eager_q_sample,
+    log_levels,
+    replace_q_sample,
+)
 from vqfast.kernels.diffusion_loss import reference
 from vqfast.kernels.diffusion_loss.spec import noised
+from vqfast.kernels.posterior.reference import posterior_backward
 from vqfast.kernels.spec import generator
-from vqfast.kernels.specs import DIFFUSION_LOSS, P_SAMPLE, Q_SAMPLE
-from vqfast.ops import Absorbing, Marginal, MaskAndReplace, Transition, Uniform, diffusion_loss, p_sample, q_sample
+from vqfast.kernels.specs import DIFFUSION_LOSS, P_SAMPLE, POSTERIOR, POSTERIOR_BACKWARD, Q_SAMPLE
+from vqfast.ops import (
+    Absorbing,
+    Marginal,
+    MaskAndReplace,
+    Transition,
+    Uniform,
+    diffusion_loss,
+    p_sample,
+    posterior,
+    q_sample,
+)
 
 # The definition holds a dozen float64 tensors of B x L x K: on a CPU it competes where those are small.
 _REFERENCE_ELEMENTS = 1e6
@@ -57,90 +72,6 @@ class DiffusionProblem:
         logits = torch.randn(*self.x0.shape, self.K, generator=generator(device, seed + 1), device=device) * 2
         self.logits = logits.to(dtype)
         self.channels = self.logits.transpose(1, 2).contiguous()
-
-
-# ---- the eager form --------------------------------------------------------------------------------------------------
-
-
-class Levels(NamedTuple):
-    """Logarithms of the shares of a stretch of the chain, float32: kept (B, 1, 1); what each code gets of the noise,
-    (B, 1, 1) or (B, K, 1); masked (B, 1, 1), None where there is no mask state.
-    """
-
-    kept: Tensor
-    noise: Tensor
-    masked: Tensor | None = None
-
-
-def log_levels(alpha: Tensor, K: int, gamma: Tensor | None = None, noise: Tensor | None = None) -> Levels:
-    """(B,) shares that are kept and masked, float64, and (K,) distribution of replaced codes."""
-    replaced = (1 - alpha if gamma is None else 1 - alpha - gamma)[:, None, None]
-    share = replaced / K if noise is None else replaced * noise[:, None]
-    masked = None if gamma is None else gamma.clamp(min=1e-40).log().float()[:, None, None]
-    return Levels(alpha.clamp(min=1e-40).log().float()[:, None, None], share.clamp(min=1e-40).log().float(), masked)
-
-
-def log_onehot(x: Tensor, K: int) -> Tensor:
-    """(B, L) codes to (B, K, L) log-probabilities, finite where they should be minus infinity."""
-    return F.one_hot(x, K).transpose(1, 2).float().clamp(min=1e-30).log()
-
-
-def log_mix(log_p: Tensor, levels: Levels) -> Tensor:
-    """Log-probabilities of codes, (B, K, L), carried through the chain: (B, K, L), or (B, K + 1, L) with a mask."""
-    codes = torch.logaddexp(log_p + levels.kept, levels.noise)
-    if levels.masked is None:
-        return codes
-    return torch.cat([codes, levels.masked.expand(-1, 1, codes.shape[2])], 1)
-
-
-def log_arrival(x_t: Tensor, K: int, levels: Levels) -> Tensor:
-    """log q(x_t | x_s) for every x_s, the states in the middle: the other way through the same chain."""
-    if levels.masked is None and levels.noise.shape[1] == 1:
-        return log_mix(log_onehot(x_t, K), levels)
-    L = x_t.shape[1]
-    if levels.masked is None:
-        drawn = levels.noise.expand(-1, -1, L).gather(1, x_t[:, None])
-        return torch.logaddexp(log_onehot(x_t, K) + levels.kept, drawn)
-    gone = (x_t == K)[:, None]
-    codes = torch.logaddexp(log_onehot(x_t, K + 1)[:, :K] + levels.kept, torch.where(gone, levels.masked, levels.noise))
-    return torch.cat([codes, torch.where(gone, 0.0, -69.0)], 1)
-
-
-def eager_posterior(log_x0: Tensor, x_t: Tensor, step: Levels, past: Levels) -> Tensor:
-    """log q(x_s | x_t, x0), `step` the levels of t given s and `past` those of s (eq. 14)."""
-    joint = log_mix(log_x0, past) + log_arrival(x_t, log_x0.shape[1], step)
-    return joint - joint.logsumexp(1, keepdim=True)
-
-
-def eager_loss(logits: Tensor, x0: Tensor, x_t: Tensor, step: Levels, past: Levels, last: Tensor) -> Tensor:
-    """Mean over tokens of the KL, or of -log p(x0 | x_t) where `last` (B,) says that s is 0 (eqs. 13-15)."""
-    K = logits.shape[1]
-    log_x0 = log_onehot(x0, K)
-    log_true = eager_posterior(log_x0, x_t, step, past)
-    log_model = eager_posterior(logits.float().log_softmax(1), x_t, step, past)
-    kl = (log_true.exp() * (log_true - log_model)).sum(1)
-    likelihood = -(log_x0.exp() * log_model[:, :K]).sum(1)
-    return torch.where(last[:, None], likelihood, kl).mean()
-
-
-def gumbel_argmax(log_p: Tensor, dim: int = 1) -> Tensor:
-    noise = torch.rand_like(log_p)
-    return (log_p - (-(noise + 1e-30).log() + 1e-30).log()).argmax(dim)
-
-
-def eager_p_sample(logits: Tensor, x_t: Tensor, step, past) -> Tensor:
-    log_model = eager_posterior(logits.float().log_softmax(1), x_t, step, past)
-    return gumbel_argmax(log_model)
-
-
-def eager_q_sample(x0: Tensor, levels, K: int) -> Tensor:
-    return gumbel_argmax(log_mix(log_onehot(x0, K), levels))
-
-
-def replace_q_sample(x0: Tensor, alpha: Tensor, K: int) -> Tensor:
-    """Keep a token or draw another: what the eager form comes to when one thinks first."""
-    keep = torch.rand(x0.shape, device=x0.device) < alpha[:, None]
-    return torch.where(keep, x0, torch.randint(K, x0.shape, device=x0.device))
 
 
 # ---- loss ------------------------------------------------------------------------------------------------------------
@@ -223,6 +154,67 @@ def diffusion_loss_case(shape: Mapping[str, Any], dtype: torch.dtype, device: st
         contenders=tuple(contenders),
         bytes_moved=DIFFUSION_LOSS.bytes_moved(shape, dtype),
         flops=DIFFUSION_LOSS.flops(shape),
+    )
+
+
+# ---- posterior -------------------------------------------------------------------------------------------------------
+
+
+def _with_gradient(of, logits: Tensor, grad: Tensor):
+    """A call that gives of(logits) and, for the gradient `grad` to it, that to logits."""
+    logits = logits.detach().requires_grad_()
+
+    def both() -> tuple[Tensor, Tensor]:
+        log_p = of(logits)
+        return log_p.detach(), torch.autograd.grad(log_p, logits, grad)[0]
+
+    return both
+
+
+def _incoming(p: DiffusionProblem) -> Tensor:
+    g = generator(p.logits.device, 5)
+    return torch.randn(p.logits.shape, generator=g, device=p.logits.device).to(p.logits.dtype)
+
+
+def _vqfast_posterior(p: DiffusionProblem):
+    return _with_gradient(lambda logits: posterior(logits, p.x_t, p.t, p.s, p.transition), p.logits, _incoming(p))
+
+
+def _eager_posterior(p: DiffusionProblem, of) -> Run:
+    step, past = _step_levels(p)
+    grad = _incoming(p).transpose(1, 2).contiguous()
+    both = _with_gradient(lambda logits: of(logits.float().log_softmax(1), p.x_t, step, past), p.channels, grad)
+    return Run(lambda: tuple(part.transpose(1, 2) for part in both()))
+
+
+def _judge_posterior(contender: Contender, run: Run, p: DiffusionProblem) -> Verdict:
+    rest = p.x_t, p.t, p.s, p.levels, p.noise, False
+    log_p, grad = run.call()
+    errors = {
+        "log-probabilities": relative_error(log_p, reference.posterior(p.logits.double(), *rest)),
+        "gradient": relative_error(grad, posterior_backward(_incoming(p).double(), p.logits.double(), *rest)),
+    }
+    return judge_values(contender, errors, ours=1e-5, theirs=1e-3)
+
+
+def posterior_case(shape: Mapping[str, Any], dtype: torch.dtype, device: str) -> Case:
+    """Log-probabilities of a step, and the gradient to its logits."""
+    version = torch.__version__
+    compiled = torch.compile(eager_posterior, dynamic=False)
+    contenders = vqfast_backends(device, ("posterior", "posterior_backward"), _vqfast_posterior) + [
+        Contender("torch log one-hot", PEER, lambda p: _eager_posterior(p, eager_posterior), version),
+        Contender("torch.compile(log one-hot)", PEER, lambda p: _eager_posterior(p, compiled), version, compiled=True),
+    ]
+    return Case(
+        op="posterior",
+        shape=shape,
+        dtype=dtype,
+        device=device,
+        problem=lambda seed: DiffusionProblem(shape, dtype, device, seed),
+        judge=_judge_posterior,
+        contenders=tuple(contenders),
+        bytes_moved=POSTERIOR.bytes_moved(shape, dtype) + POSTERIOR_BACKWARD.bytes_moved(shape, dtype),
+        flops=POSTERIOR.flops(shape) + POSTERIOR_BACKWARD.flops(shape),
     )
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from bench.backends import vqfast_backends
 from bench.case import PEER, YARDSTICK, Case, Contender, Run, Verdict, judge_values, relative_error
-from bench.diffusion import few_scores, gradient_of, gumbel_argmax, judge_draws, judge_seeded, seeded
+from bench.diffusion import few_scores, gradient_of, judge_draws, judge_seeded, seeded
+from bench.log_onehot import gumbel_argmax
 from vqfast import ops
 from vqfast.diffusion.schedules import gaussian_betas
 from vqfast.kernels.matrix_loss import reference

@@ -7,7 +7,7 @@ import torch
 
 from bench.case import Case
 from bench.codebook import codebook_stats_case, quantize_step_case
-from bench.diffusion import diffusion_loss_case, p_sample_case, q_sample_case
+from bench.diffusion import diffusion_loss_case, p_sample_case, posterior_case, q_sample_case
 from bench.grains import grain_entropy_case, position_mask_case
 from bench.matrix_diffusion import matrix_loss_case, matrix_sample_case
 from bench.packing import dynamic_quantize_case, dynamic_quantize_step_case, pack_case, unpack_case
@@ -21,6 +21,7 @@ CASES: dict[str, Callable[[Mapping[str, Any], torch.dtype, str], Case]] = {
     "quantize_step": quantize_step_case,
     "codebook_stats": codebook_stats_case,
     "q_sample": q_sample_case,
+    "posterior": posterior_case,
     "diffusion_loss": diffusion_loss_case,
     "p_sample": p_sample_case,
     "matrix_loss": matrix_loss_case,
@@ -72,6 +73,7 @@ CPU_SHAPES = {
     "quantize_step": [(dict(N=8192, K=1024, D=256), F32), (dict(N=8192, K=8192, D=64), F32)],
     "codebook_stats": [(shape, F32) for shape in CODEBOOK_STATS.bench_shapes],
     "q_sample": [(shape, torch.int64) for shape in Q_SAMPLE.bench_shapes],
+    "posterior": [(dict(B=8, L=256, K=1024, T=1000), F32)],
     "diffusion_loss": [
         *((shape, F32) for shape in DIFFUSION_LOSS.bench_shapes),
         *_noised_shapes(dict(B=8, L=256, K=1024, T=1000)),
@@ -101,6 +103,7 @@ CUDA_SHAPES = {
     "quantize_step": [(dict(N=65536, K=8192, D=64), F32), (dict(N=65536, K=1024, D=256), F32)],
     "codebook_stats": [(dict(N=65536, K=8192, D=64), F32), (dict(N=262144, K=1024, D=256), F32)],
     "q_sample": [(_TOKENS, torch.int64)],
+    "posterior": [(dict(_TOKENS, B=64), F32)],
     "diffusion_loss": [(_TOKENS, F32), (_TOKENS, BF16), *_noised_shapes(_TOKENS)],
     "p_sample": [
         (dict(_TOKENS, step=10), F32),
@@ -119,6 +122,7 @@ TINY_SHAPES = {
     "quantize_step": [(dict(N=256, K=32, D=8), F32)],
     "codebook_stats": [(dict(N=256, K=32, D=8), F32)],
     "q_sample": [(dict(B=4, L=64, K=32, T=100), torch.int64)],
+    "posterior": [(dict(B=4, L=16, K=32, T=100), F32)],
     "diffusion_loss": [(dict(B=4, L=16, K=32, T=100), F32), *_noised_shapes(dict(B=4, L=16, K=32, T=100))],
     "p_sample": [
         (dict(B=4, L=64, K=32, T=100, step=10), F32),

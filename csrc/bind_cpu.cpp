@@ -119,6 +119,26 @@ void q_sample(uintptr_t x0, uintptr_t t, const py::tuple &tables, int64_t B, int
                             pointer<const int64_t>(key), pointer<int64_t>(x_t)));
 }
 
+void posterior(int dtype, uintptr_t logits, uintptr_t x_t, uintptr_t t, uintptr_t s, const py::tuple &tables, int64_t B,
+               int64_t L, int64_t K, bool marginal, uintptr_t log_p) {
+  const vqfast_levels levels = levels_of(tables);
+  py::gil_scoped_release release;
+  check(vqfast_cpu_posterior((vqfast_dtype)dtype, pointer<const void>(logits), pointer<const int64_t>(x_t),
+                             pointer<const int64_t>(t), pointer<const int64_t>(s), levels, B, L, K, marginal,
+                             pointer<void>(log_p)));
+}
+
+void posterior_backward(int dtype, uintptr_t grad, uintptr_t logits, uintptr_t x_t, uintptr_t t, uintptr_t s,
+                        const py::tuple &tables, int64_t B, int64_t L, int64_t K, bool marginal,
+                        uintptr_t grad_logits) {
+  const vqfast_levels levels = levels_of(tables);
+  py::gil_scoped_release release;
+  check(vqfast_cpu_posterior_backward((vqfast_dtype)dtype, pointer<const void>(grad), pointer<const void>(logits),
+                                      pointer<const int64_t>(x_t), pointer<const int64_t>(t),
+                                      pointer<const int64_t>(s), levels, B, L, K, marginal,
+                                      pointer<void>(grad_logits)));
+}
+
 void diffusion_loss(int dtype, uintptr_t logits, uintptr_t x0, uintptr_t x_t, uintptr_t t, uintptr_t s,
                     const py::tuple &tables, int64_t B, int64_t L, int64_t K, uintptr_t scale, bool marginal,
                     double aux_weight, uintptr_t loss, uintptr_t grad) {
@@ -260,6 +280,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("lookup_backward", &lookup_backward);
   m.def("codebook_stats", &codebook_stats);
   m.def("q_sample", &q_sample);
+  m.def("posterior", &posterior);
+  m.def("posterior_backward", &posterior_backward);
   m.def("diffusion_loss", &diffusion_loss);
   m.def("scale_rows", &scale_rows, py::call_guard<py::gil_scoped_release>());
   m.def("p_sample", &p_sample);

@@ -8,6 +8,7 @@
 #include "nearest_decide.h"
 #include "nearest_float32.h"
 #include "nearest_ranges.h"
+#include "posterior_rows.h"
 #include "random_rows.h"
 
 namespace vqfast::VQFAST_ISA {
@@ -19,7 +20,7 @@ const Kernels table = {
     VQFAST_STRING(VQFAST_ISA), kLanes, {&float32::engine}, feature_ranges, largest_score, find_scores,
     widen_row, distance, products, squared_error, lookup_grad, sum_square, move_residual, add_rows, gather,
     load_scores, exp_scores, log1p_scores, grad_scores, store_scores, scale_row,
-    guide_scores, count_scores, mass_scores, keep_scores, sum_scores, random_rows, add_bins,
+    guide_scores, count_scores, mass_scores, keep_scores, sum_scores, mix_scores, share_scores, subtract_scores, random_rows, add_bins,
     kMatrixRows, kMatrixPanel, pack_matrix, multiply_rows, load_wide_scores, exp_wide_scores, subtract_logs,
     weigh_posterior, diverge,
 };

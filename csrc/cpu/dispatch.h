@@ -72,6 +72,13 @@ struct Kernels {
   void (*keep_scores)(float *scores, float *weights, int64_t n, float least);
   double (*sum_scores)(const float *weights, int64_t n, double *sums);
 
+  // posterior_rows.h; n is K rounded up to whole vectors
+  void (*mix_scores)(float *scores, int64_t n, float largest, float offset, const float *log_noise, float log_spread,
+                     float shift);
+  void (*share_scores)(const float *weights, float *grads, int64_t n, float spread, const float *noise, double *given,
+                       double *moved);
+  void (*subtract_scores)(const float *weights, float *grads, int64_t n, float by);
+
   // random_rows.h
   void (*random_rows)(uint64_t key0, uint64_t key1, uint64_t row, uint32_t draw, uint64_t *first, uint64_t *second);
 

@@ -62,6 +62,17 @@ class FloatPasses {
     isa_.keep_scores(scores, weights, n, least);
   }
   double sum(const float *weights, int64_t n, double *sums) const { return isa_.sum_scores(weights, n, sums); }
+  void mix(float *scores, int64_t n, float largest, double offset, const float *log_noise, double log_spread,
+           double shift) const {
+    isa_.mix_scores(scores, n, largest, (float)offset, log_noise, (float)log_spread, (float)shift);
+  }
+  void share(const float *weights, float *grads, int64_t n, double spread, const float *noise, double *given,
+             double *moved) const {
+    isa_.share_scores(weights, grads, n, (float)spread, noise, given, moved);
+  }
+  void subtract(const float *weights, float *grads, int64_t n, double by) const {
+    isa_.subtract_scores(weights, grads, n, (float)by);
+  }
 
  private:
   FlushSubnormals flush_;
@@ -151,6 +162,29 @@ class DoublePasses {
       total += *sums++ = block;
     }
     return total;
+  }
+  void mix(double *scores, int64_t n, double largest, double offset, const double *log_noise, double log_spread,
+           double shift) const {
+    constexpr double kNever = -std::numeric_limits<double>::infinity();
+    for (int64_t k = 0; k < n; ++k) {
+      const double predicted = (scores[k] - largest) + offset;
+      const double drawn = log_noise ? log_spread + log_noise[k] : log_spread;
+      const double more = std::max(predicted, drawn), less = std::min(predicted, drawn);
+      scores[k] = (less == kNever ? more : more + std::log1p(std::exp(less - more))) + shift;
+    }
+  }
+  void share(const double *weights, double *grads, int64_t n, double spread, const double *noise, double *given,
+             double *moved) const {
+    *given = *moved = 0;
+    for (int64_t k = 0; k < n; ++k) {
+      const double drawn = noise ? spread * noise[k] : spread;
+      *given += grads[k];
+      if (drawn != 0) grads[k] *= weights[k] / (weights[k] + drawn);
+      *moved += grads[k];
+    }
+  }
+  void subtract(const double *weights, double *grads, int64_t n, double by) const {
+    for (int64_t k = 0; k < n; ++k) grads[k] -= by * weights[k];
   }
 };
 

@@ -83,6 +83,13 @@ typedef struct {
 int vqfast_cpu_q_sample(const int64_t *x0, const int64_t *t, vqfast_levels levels, int64_t B, int64_t L, int64_t K,
                         const int64_t *key, int64_t *x_t);
 
+/* logits, grad_logits (B, L, K), log_p, grad (B, L, K + columns - 1), all contiguous of `dtype`. */
+int vqfast_cpu_posterior(vqfast_dtype dtype, const void *logits, const int64_t *x_t, const int64_t *t, const int64_t *s,
+                         vqfast_levels levels, int64_t B, int64_t L, int64_t K, int marginal, void *log_p);
+int vqfast_cpu_posterior_backward(vqfast_dtype dtype, const void *grad, const void *logits, const int64_t *x_t,
+                                  const int64_t *t, const int64_t *s, vqfast_levels levels, int64_t B, int64_t L,
+                                  int64_t K, int marginal, void *grad_logits);
+
 /* logits (B, L, K) contiguous of `dtype`; loss (B, L) float32 (float64 for F64); grad like logits, or null; scale
  * (B, L) float64 multiplies the gradient only, and a token whose scale is 0 is not read: loss and gradient 0. */
 int vqfast_cpu_diffusion_loss(vqfast_dtype dtype, const void *logits, const int64_t *x0, const int64_t *x_t,

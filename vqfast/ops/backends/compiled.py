@@ -201,6 +201,45 @@ class CompiledKernels:
         )  # fmt: skip
         return x_t
 
+    def posterior(
+        self,
+        logits: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        levels: Tensor,
+        noise: Tensor | None,
+        marginal: bool,
+    ) -> Tensor:
+        logits, x_t, t, s, levels, noise = _contiguous(logits, x_t, t, s, levels, noise)
+        B, L, K = logits.shape
+        log_p = logits.new_empty(B, L, K + levels.shape[1] - 1)
+        self.extension.posterior(
+            DTYPE[logits.dtype], logits.data_ptr(), x_t.data_ptr(), t.data_ptr(), s.data_ptr(), _levels(levels, noise),
+            B, L, K, marginal, log_p.data_ptr(), *self.where(logits),
+        )  # fmt: skip
+        return log_p
+
+    def posterior_backward(
+        self,
+        grad: Tensor,
+        logits: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        s: Tensor,
+        levels: Tensor,
+        noise: Tensor | None,
+        marginal: bool,
+    ) -> Tensor:
+        grad, logits, x_t, t, s = _contiguous(grad, logits, x_t, t, s)
+        levels, noise = _contiguous(levels, noise)
+        grad_logits = torch.empty_like(logits)
+        self.extension.posterior_backward(
+            DTYPE[logits.dtype], grad.data_ptr(), logits.data_ptr(), x_t.data_ptr(), t.data_ptr(), s.data_ptr(),
+            _levels(levels, noise), *logits.shape, marginal, grad_logits.data_ptr(), *self.where(logits),
+        )  # fmt: skip
+        return grad_logits
+
     def diffusion_loss(
         self,
         logits: Tensor,

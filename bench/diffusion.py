@@ -1,5 +1,6 @@
-"""Benchmarks of the joint rule: forward noise, posterior, loss with its gradient, reverse step; `family` in a shape names the
-noise, uniform if there is none. The peers are in log_onehot.py.
+"""Benchmarks of the joint rule: forward noise, posterior, loss with its gradient, reverse step.
+
+`family` in a shape names the noise, uniform if there is none. The peers are in log_onehot.py.
 """
 
 from collections.abc import Mapping

@@ -1,5 +1,7 @@
 // Loss and reverse step of chains through matrices: tiles of rows go from logits to the result without leaving the
 // caches, through one product with the tile's matrix, or two. kernels/matrix_loss/README.md derives the formulas.
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -16,6 +18,7 @@
 namespace vqfast {
 namespace {
 
+constexpr int64_t kGroupsApart = 4;  // priors for each thread, from which on their unequal shares do not show
 constexpr int64_t kParallelProducts = 1 << 18;  // multiply-adds of a product, below which one thread is as fast
 
 // What a thread works in: tiles of rows of n numbers, and a few such rows.
@@ -35,6 +38,14 @@ class Scratch {
  private:
   int64_t n_, tile_;
   Buffer<double> memory_;
+};
+
+// A prior as `multiply_rows` reads it, and its transpose.
+struct Panels {
+  Buffer<double> forward, backward;
+
+  Panels(int64_t size, bool transposed) : forward(buffer<double>(size)), backward(buffer<double>(transposed ? size : 0)) {}
+  explicit operator bool() const { return forward && backward; }
 };
 
 // Where a tile's rows are, and what they are multiplied with.
@@ -68,31 +79,48 @@ struct Batch {
     isa.multiply_rows(rows, panels, K, padded(), scratch.values(), out);
   }
 
-  // Calls tile(Tile, scratch) for all rows; samples that share a prior share its panels.
+  // Calls body(Tile, scratch) for all rows; samples that share a prior share its panels.
   template <class Body>
   int run(bool transposed, Body body) const {
     if (B * L == 0) return VQFAST_OK;
     const int64_t n = padded(), panels = n / isa.matrix_panel;
     const int64_t groups = step.stride_prior ? B : 1, rows = B * L / groups;
     const int64_t tiles = (rows + isa.matrix_rows - 1) / isa.matrix_rows;
-    const Buffer<double> forward = buffer<double>(n * K), backward = buffer<double>(transposed ? n * K : 0);
-    bool enough = forward && backward;
-#pragma omp parallel reduction(&& : enough) if (B * L * K > kParallelElements)
+    const int64_t threads = B * L * K > kParallelElements ? omp_get_max_threads() : 1;
+    // With many priors a thread packs those of its own samples, and none waits for another.
+    const bool apart = groups >= kGroupsApart * threads;
+    const Panels together(apart ? 0 : n * K, transposed);
+    const auto pack = [&](int64_t group, int64_t i, const Panels &to) {
+      const double *matrix = step.prior + group * step.stride_prior;
+      isa.pack_matrix(matrix, K, false, i, i + 1, to.forward.get());
+      if (transposed) isa.pack_matrix(matrix, K, true, i, i + 1, to.backward.get());
+    };
+    const auto work = [&](int64_t group, int64_t i, const Panels &with, const Scratch &scratch) {
+      const int64_t first = i * isa.matrix_rows, count = std::min<int64_t>(rows - first, isa.matrix_rows);
+      body(Tile{group * rows + first, count, with.forward.get(), with.backward.get()}, scratch);
+    };
+    bool enough = (bool)together;
+#pragma omp parallel reduction(&& : enough) if (threads > 1)
     {
       const FlushSubnormals flush;
       const Scratch scratch(isa.matrix_rows, n);
-      enough = enough && scratch;
-      for (int64_t group = 0; group < groups; ++group) {
-        const double *matrix = step.prior + group * step.stride_prior;
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < panels; ++i) {
-          if (forward) isa.pack_matrix(matrix, K, false, i, i + 1, forward.get());
-          if (transposed && backward) isa.pack_matrix(matrix, K, true, i, i + 1, backward.get());
+      const Panels own(apart ? n * K : 0, transposed);
+      const bool ready = together && own && scratch;
+      enough = ready;
+      if (apart) {
+#pragma omp for schedule(dynamic)
+        for (int64_t group = 0; group < groups; ++group) {
+          for (int64_t i = 0; ready && i < panels; ++i) pack(group, i, own);
+          for (int64_t i = 0; ready && i < tiles; ++i) work(group, i, own, scratch);
         }
+      } else {
+        for (int64_t group = 0; group < groups; ++group) {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < tiles; ++i) {
-          const int64_t first = i * isa.matrix_rows, count = std::min<int64_t>(rows - first, isa.matrix_rows);
-          if (enough) body(Tile{group * rows + first, count, forward.get(), backward.get()}, scratch);
+          for (int64_t i = 0; i < panels; ++i)
+            if (together) pack(group, i, together);
+#pragma omp for schedule(static)
+          for (int64_t i = 0; i < tiles; ++i)
+            if (ready) work(group, i, together, scratch);
         }
       }
     }

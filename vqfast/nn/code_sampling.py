@@ -22,7 +22,7 @@ def sample_code(
     codebook; float32 noise from uniforms ends at 16.6.
 
     Args:
-        x: (..., D) float32 or float64.
+        x: (..., D) float; below float32 it is widened.
         codebook: (K, D), dtype and device of x.
         temperature: above 0.
         cosine: the score is <x, c> instead; the caller scales both to unit length.
@@ -31,7 +31,8 @@ def sample_code(
     Returns:
         (...) int64. Not differentiable.
     """
-    x, codebook = x.detach(), codebook.detach()
+    wide = torch.promote_types(x.dtype, torch.float32)  # cdist knows no half precision
+    x, codebook = x.detach().to(wide), codebook.detach().to(wide)
     rows = x.reshape(-1, x.shape[-1])
     drawn = [_draw(part, codebook, temperature, cosine, generator) for part in rows.split(_ROWS)]
     return torch.cat(drawn).view(x.shape[:-1])

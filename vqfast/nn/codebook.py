@@ -99,7 +99,8 @@ def random_vectors(
         (..., count, D + 1).
     """
     shape, given = vectors.shape[:-1], min(count, vectors.shape[-2])
-    chance = torch.rand(shape, device=vectors.device, generator=generator)
+    # Not torch.rand, which takes no generator, not even None, where a traced shape is symbolic.
+    chance = torch.empty(shape, device=vectors.device).uniform_(generator=generator)
     if mask is not None:
         chance = torch.where(mask, chance, 2.0)
     chance, chosen = chance.topk(given, dim=-1, largest=False)

@@ -14,15 +14,16 @@ def code_cross_entropy(x: Tensor, codebook: Tensor, indices: Tensor, *, cosine: 
     """-log softmax_k(-||x - c_k||) at the given code, of each vector; the tiles of logits are made again in backward.
 
     Args:
-        x: (..., D) float32 or float64.
+        x: (..., D) float; below float32 it is widened.
         codebook: (K, D), dtype and device of x.
         indices: (...) int64; -1 for a vector that does not count.
         cosine: the logits are <x, c_k> instead; the caller scales both to unit length.
 
     Returns:
-        (...), 0 where the index is -1. Differentiable in x and codebook.
+        (...) float32 or float64, 0 where the index is -1. Differentiable in x and codebook.
     """
-    rows, given = x.reshape(-1, x.shape[-1]), indices.reshape(-1)
+    wide = torch.promote_types(x.dtype, torch.float32)  # cdist knows no half precision
+    rows, codebook, given = x.reshape(-1, x.shape[-1]).to(wide), codebook.to(wide), indices.reshape(-1)
     losses = [
         _CodeCrossEntropy.apply(part, codebook, index, cosine)
         for part, index in zip(rows.split(_ROWS), given.split(_ROWS), strict=True)

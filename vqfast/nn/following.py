@@ -10,6 +10,7 @@ from vqfast.nn.codebook import (
     averaged_codes,
     kmeans,
     packed_stats,
+    process_count,
     random_vectors,
     revived,
     sum_over_processes,
@@ -148,6 +149,8 @@ class FollowingCodebook(nn.Module):
     @torch.no_grad()
     def _start_from_kmeans(self, z: Tensor, counted: Tensor | None) -> None:
         """Start the codebooks from k-means. z: (..., d); counted: (...) bool, or None for all."""
+        if z.numel() == 0 and process_count(self.sync_kmeans) == 1:
+            return  # nothing to start from: the next batch will do
         kept = self.codebook.data.view(-1, self.codebook_size, self.codebook_dim)
         rows = self._by_codebook(z).view(len(kept), -1, self.codebook_dim)
         masks = [None] * len(kept)

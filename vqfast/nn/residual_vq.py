@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vqfast.nn.layout import channels_last
 from vqfast.nn.vector_quantize import VectorQuantize
 from vqfast.ops import residual_nearest
-from vqfast.ops.checks import check_float, check_indices
+from vqfast.ops.checks import check_float, check_indices, check_mask
 
 
 class ResidualVQ(nn.Module):
@@ -22,8 +22,8 @@ class ResidualVQ(nn.Module):
 
     Quantiser dropout draws, in training mode, the last stage of a call uniformly from quantize_dropout_cutoff_index
     .. Q - 1 and leaves out the rest: their index is -1 and their loss 0. The draw is made on the host, without
-    a device sync, from torch's CPU generator. With torch.distributed started, rank 0 draws one seed at the first
-    call, and all processes go through the same stages from then on.
+    a device sync, from torch's CPU generator; torch.compile breaks its graph there. With torch.distributed
+    started, rank 0 draws one seed at the first call, and all processes go through the same stages from then on.
 
     Input of another float dtype than the codebooks is cast to theirs, residuals included, and `quantized` is cast
     back.
@@ -150,7 +150,11 @@ class ResidualVQ(nn.Module):
         if self.accept_image_fmap and x.ndim != 4:
             raise ValueError(f"x: expected shape (B, {self.dim}, H, W), got {tuple(x.shape)}")
         vectors = residual = channels_last(x, self.dim, self.channel_first)
+        if mask is not None:
+            check_mask(mask, vectors)
         if self.has_projections:
+            if mask is not None:  # padding may hold anything, and zero times that is not always zero
+                residual = torch.where(mask[..., None], residual, 0)
             residual = self.project_in(residual.to(self.project_in.weight.dtype))
         residual = residual.to(self.layers[0].codebook.dtype)
         if self._only_codes(residual):
@@ -158,7 +162,8 @@ class ResidualVQ(nn.Module):
             losses = total.new_zeros(self.num_quantizers, dtype=torch.promote_types(total.dtype, torch.float32))
             result = self._output(total, vectors, mask), indices, losses
             return (*result, self._codes(indices)) if return_all_codes else result
-        kept = self._kept_stages(rand_quantize_dropout_fixed_seed)
+        drops = self.training and self.quantize_dropout
+        kept = self._kept_stages(rand_quantize_dropout_fixed_seed) if drops else self.num_quantizers
 
         total, indices, losses = torch.zeros_like(residual), [], []
         call = {"mask": mask, "weights": weights, "sample_codebook_temp": sample_codebook_temp}
@@ -230,10 +235,9 @@ class ResidualVQ(nn.Module):
         frozen = layer.freeze_codebook if freeze_codebook is None else freeze_codebook
         return self._writes_codebook and self.training and not frozen and layer.ema_update and not layer.accumulating
 
+    @torch.compiler.disable(reason="quantiser dropout draws the number of stages on the host")
     def _kept_stages(self, seed: int | None) -> int:
         """Number of first stages that this call goes through."""
-        if not (self.training and self.quantize_dropout):
-            return self.num_quantizers
         draw = random.Random(self._seeds.draw() if seed is None else seed)
         kept = draw.randrange(self.quantize_dropout_cutoff_index, self.num_quantizers) + 1
         multiple = self.quantize_dropout_multiple_of
@@ -360,7 +364,7 @@ class DropoutSeeds:
 
 
 def _host_seed() -> int:
-    return int(torch.randint(2**31, ()))
+    return int(torch.randint(2**31, (), device="cpu"))
 
 
 def _stage_sizes(num_quantizers: int | None, codebook_size: int | tuple[int, ...]) -> tuple[int, ...]:

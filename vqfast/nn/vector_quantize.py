@@ -245,7 +245,9 @@ class VectorQuantize(FollowingCodebook):
         mask = self._mask(vectors, mask, lens)
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
         follow = self.training and not frozen
-        z = self._project(vectors)  # (B, ..., d), or (B, ..., H, d)
+        if indices is not None:
+            check_indices(indices, self.codebook_size, least=-1)
+        z = self._project(vectors, mask)  # (B, ..., d), or (B, ..., H, d)
         counted = None if mask is None else self._per_head(mask)
         temperature = self.sample_codebook_temp if sample_codebook_temp is None else sample_codebook_temp
         learns = self.learnable_codebook and not frozen
@@ -310,8 +312,10 @@ class VectorQuantize(FollowingCodebook):
             check_mask(mask, vectors)
         return mask
 
-    def _project(self, vectors: Tensor) -> Tensor:
+    def _project(self, vectors: Tensor, mask: Tensor | None) -> Tensor:
         """(B, ..., D) to (B, ..., d), or (B, ..., H, d) with several heads, in the codebook's dtype."""
+        if mask is not None:  # padding may hold anything, and zero times that is not always zero
+            vectors = torch.where(mask[..., None], vectors, 0)
         if self.has_projections:
             vectors = self.project_in(vectors.to(next(self.project_in.parameters()).dtype))
         z = vectors.to(self.codebook.dtype)

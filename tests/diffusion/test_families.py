@@ -12,6 +12,7 @@ from vqfast.diffusion import (
     MaskAndReplace,
     Uniform,
     mask_and_replace,
+    prior_kl,
     sample,
     schedule,
 )
@@ -55,7 +56,7 @@ def assert_shares(codes, expected):
 
 def exact_bound(p: DiscreteDiffusion, denoiser, x0: int) -> float:
     """Bits: every term of the bound, summed over all values of x_t of a single token."""
-    chain, total = p.transition, p.prior_kl[x0].item()
+    chain, total = p.transition, prior_kl(p.transition)[x0].item()
     noise = torch.full((K,), 1 / K, dtype=torch.float64) if chain.noise is None else chain.noise
     clean = torch.tensor([[x0]])
     for t in range(1, T + 1):

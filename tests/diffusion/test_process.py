@@ -105,7 +105,7 @@ def test_losses_are_recorded_in_training_only_and_saved_with_the_model():
 
 def exact_bound(p: DiscreteDiffusion, denoiser, x0: torch.Tensor) -> torch.Tensor:
     """(B,) nats: every term of the bound, summed over all values of x_t of a single token."""
-    chain, total = p.transition, p.prior_kl[0]
+    chain, total = p.transition, prior_kl(p.transition)[0]
     for t in range(1, T + 1):
         for code in range(K):
             x_t, level = torch.full_like(x0, code), torch.full((len(x0),), t)

@@ -387,11 +387,25 @@ def test_encoding_leaves_the_model_alone():
         (dict(freeze_encoder=True), "freeze_encoder"),
         (dict(disc_weight_max=-1.0), "disc_weight_max: expected at least 0"),
         (dict(shares=(1.5,)), "shares: expected numbers"),
+        (dict(shares=(-0.5,), router="fixed"), "shares: expected numbers"),
+        (dict(budget_weights=(-1.0,)), "budget_weights: expected at least 0"),
+        (dict(decoder_mults=(0, 1)), "decoder_mults: expected 2 levels"),
+        (dict(z_channels=0), "z_channels: expected at least 1"),
     ],
 )
 def test_configurations_that_do_not_fit_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         DQVAE(replace(SMALL, **change))
+
+
+def test_what_is_no_grid_of_codes_is_refused():
+    model = DQVAE(SMALL).eval()
+    codes = model.encode(images()).codes
+    for wrong in (codes[:, 1:], codes.flatten(1), codes + SMALL.codebook_size, codes * 0 - 1):
+        with pytest.raises(ValueError, match="^codes: expected "):
+            model.decode_codes(wrong)
+    with pytest.raises(TypeError, match="^codes: expected an int64 or int32 tensor, got float32"):
+        model.decode_codes(codes.float())
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,14 @@ def test_a_sample_that_cannot_be_drawn_is_refused(config, arguments, message):
     ("batch", "message"),
     [
         ({"codes": torch.zeros(2, 4, 3, dtype=torch.int64)}, "codes.*: expected codes"),
+        (
+            {"codes": torch.full((2, 12), 99), "label": torch.zeros(2, dtype=torch.int64)},
+            r"codes: expected values in 0\.\.",
+        ),
+        (
+            {"codes": torch.full((2, 12), -1), "label": torch.zeros(2, dtype=torch.int64)},
+            r"codes: expected values in 0\.\.",
+        ),
         ({"codes": torch.zeros(2, 12, dtype=torch.int64)}, 'batch\\["label"\\]: missing'),
     ],
 )

@@ -114,3 +114,5 @@ def test_what_does_not_fit_is_named(codes, label, num_classes, error, message):
 def test_a_width_that_heads_cannot_share_is_refused():
     with pytest.raises(ValueError, match=r"dim: expected a multiple of 4 \* heads = 12"):
         Transformer(11, dim=16, heads=3)
+    with pytest.raises(ValueError, match="depth: expected at least 1, got 0"):
+        Transformer(11, dim=16, heads=2, depth=0)

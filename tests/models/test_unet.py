@@ -165,6 +165,7 @@ def test_what_does_not_fit_is_named(codes, labels, num_classes, error, message):
     [
         (dict(dim=12), "dim: expected an even number"),
         (dict(mults=()), "mults: expected at least one level"),
+        (dict(mults=(1, 0)), "mults: expected at least one level"),
         (dict(grid=(6, 4), mults=(1, 1, 1)), "grid: expected multiples of 4"),
         (dict(num_classes=0), "num_classes: expected at least 1"),
         (dict(num_classes=2, class_dropout=1.5), "class_dropout: expected a share"),

@@ -84,6 +84,32 @@ def test_absorbing_diffusion_learns_a_distribution():
     assert len(codes.unique(dim=0)) >= K
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("assign", [False, True])
+def test_weights_loaded_into_a_model_made_on_the_meta_device_are_all_it_needs(family, assign):
+    trained = VQDDM(config(family))
+    with torch.device("meta"):
+        loaded = VQDDM(config(family))
+    if not assign:
+        loaded.to_empty(device="cpu")
+        for buffer in loaded.buffers():
+            buffer.fill_(7)  # what an empty one may hold
+    loaded.load_state_dict(trained.state_dict(), assign=assign)
+    codes, losses = torch.randint(K, (6, 2, 2), generator=seeded()), []
+    for model in (trained, loaded):
+        torch.manual_seed(1)
+        losses.append(model.training_step({"codes": codes})["loss"])
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_of_the_model_leaves_its_chain_exact(dtype):
+    exact, cast = (VQDDM(config("uniform", schedule="cosine_released")) for _ in range(2))
+    cast.to(dtype)
+    prior = [model.diffusion._prior_nats(torch.arange(K)[None]) for model in (exact, cast)]
+    assert torch.equal(*prior) and prior[0].dtype == torch.float64
+
+
 def test_uniform_noise_has_the_published_number_of_parameters():
     with torch.device("meta"):
         plain, masked = UNet(1024), UNet(1024, mask_state=True)

@@ -198,6 +198,15 @@ def test_before_its_start_the_discriminator_is_not_heard_and_does_not_learn():
         assert any(p.grad.abs().sum() > 0 for p in model.discriminator.parameters()) == heard
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_of_any_precision_trains(dtype):
+    model, batch = VQGAN(TINY).to(dtype), {"image": torch.randn(4, 1, 16, 16, dtype=dtype)}
+    for part in model.training_parts:
+        loss = model.training_step(batch, 0, part)["loss"]
+        loss.backward()
+        assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.part_parameters(part))
+
+
 def test_a_fixed_weight():
     model = VQGAN(replace(TINY, adaptive_disc_weight=False, disc_weight=0.7)).train()
     assert model.training_step(images(), 0)["disc_weight"] == pytest.approx(0.7)
@@ -287,6 +296,7 @@ def test_the_configuration_survives_json():
         (dict(disc_start=-1), "disc_start: expected at least 0"),
         (dict(image_size=17), "image_size: expected a multiple of 2"),
         (dict(disc_layers=0), "layers: expected at least 1"),
+        (dict(z_channels=0), "z_channels: expected at least 1"),
         (dict(disc_layers=3), "disc_layers: 3 need images of at least 24 pixels a side, got image_size 16"),
     ],
 )

@@ -115,7 +115,10 @@ def test_checkpoints_from_before_encoder_and_decoder_were_modules_load():
         (dict(mults=()), "mults"),
         (dict(channels=48), "channels: expected a multiple of 32"),
         (dict(reconstruction_loss="l3"), "reconstruction_loss"),
-        (dict(codebook_size=0), "codebook_size"),
+        (dict(codebook_size=0), "codebook_size: expected at least 1, got 0"),
+        (dict(in_channels=0), "in_channels: expected at least 1, got 0"),
+        (dict(channels=0), "channels: expected at least 1, got 0"),
+        (dict(num_res_blocks=0), "num_res_blocks: expected at least 1, got 0"),
     ],
 )
 def test_configurations_that_do_not_fit_are_named(change, message):
@@ -136,8 +139,11 @@ def test_what_is_no_grid_of_codes_is_refused():
     codes = model.encode(torch.zeros(2, 3, 8, 8))
     with pytest.raises(ValueError, match=r"codes: expected shape \(B, h, w\), got int64 tensor of shape \(2, 16\)"):
         model.decode_codes(codes.flatten(1))
-    with pytest.raises(ValueError, match="indices: expected values in -1"):
-        model.decode_codes(codes + model.config.codebook_size)
+    for wrong in (codes + model.config.codebook_size, codes * 0 - 1):
+        with pytest.raises(ValueError, match=r"^codes: expected values in 0\.\."):
+            model.decode_codes(wrong)
+    with pytest.raises(TypeError, match="^codes: expected an int64 or int32 tensor, got float32"):
+        model.decode_codes(codes.float())
 
 
 def test_the_configuration_survives_json():

@@ -111,8 +111,9 @@ class DiscreteDiffusion(nn.Module):
                 f"transition: the bound of {transition} is infinite, as its prior has nothing of x_0; "
                 f"expected alpha_bar to end at 0, got {transition.alpha_bar[-1].item():.3g}"
             )
-        # Of each code, in nats; derived from the chain, so not saved with the model.
-        self.register_buffer("prior_kl", prior, persistent=False)
+        # Of each code, in nats, by device: as the chain's tables no part of the module, whose casts would round it and
+        # whose `to_empty` would leave nothing of it.
+        self._prior_kl = {prior.device: prior}
         self.parameterisation = parameterisation
         self.aux_weight = float(aux_weight)
         self.aux_schedule = aux_schedule
@@ -224,7 +225,10 @@ class DiscreteDiffusion(nn.Module):
 
     def _prior_nats(self, x0: Tensor) -> Tensor:
         """(B,) float64."""
-        return self.prior_kl.double()[x0].sum(1)
+        prior = self._prior_kl.get(x0.device)
+        if prior is None:
+            prior = self._prior_kl[x0.device] = next(iter(self._prior_kl.values())).to(x0.device)
+        return prior[x0].sum(1)
 
     def forward(
         self,

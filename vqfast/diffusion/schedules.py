@@ -7,11 +7,23 @@ import torch
 from torch import Tensor
 
 
-def _levels(T: int) -> Tensor:
-    """t / T for t = 0..T, float64, on the CPU also where a model is built on the meta device."""
+def _count(first: int, T: int) -> Tensor:
+    """first..T, float64, on the CPU also where a model is built on the meta device."""
     if not isinstance(T, int) or isinstance(T, bool) or T < 1:
         raise ValueError(f"T: expected a whole number of noise levels, at least 1, got {T!r}")
-    return torch.arange(T + 1, dtype=torch.float64, device="cpu") / T
+    return torch.arange(first, T + 1, dtype=torch.float64, device="cpu")
+
+
+def _levels(T: int) -> Tensor:
+    """t / T for t = 0..T, float64."""
+    return _count(0, T) / T
+
+
+def _between(T: int, first: float, last: float) -> Tensor:
+    """(T,) float64, linear in t from first at level 1 to last at level T; with T = 1 the last."""
+    t = _count(1, T)
+    position = (t - 1) / (T - 1) if T > 1 else t
+    return first + (last - first) * position
 
 
 def _squared_cosine(T: int, s: float) -> Tensor:
@@ -102,12 +114,8 @@ def mask_and_replace(
     Raises:
         ValueError: T out of range.
     """
-    _levels(T)
-    position = torch.arange(T, dtype=torch.float64) / (T - 1) if T > 1 else torch.ones(1, dtype=torch.float64)
-    tables = []
-    for start, first, last in ((1.0, alpha_first, alpha_last), (0.0, mask_first, mask_last)):
-        tables.append(torch.cat([torch.full((1,), start, dtype=torch.float64), first + (last - first) * position]))
-    return tables[0], tables[1]
+    alpha, mask = _between(T, alpha_first, alpha_last), _between(T, mask_first, mask_last)
+    return torch.cat([torch.ones_like(alpha[:1]), alpha]), torch.cat([torch.zeros_like(mask[:1]), mask])
 
 
 def gaussian_betas(T: int, *, first: float = 1e-4, last: float = 0.02) -> Tensor:
@@ -126,11 +134,9 @@ def gaussian_betas(T: int, *, first: float = 1e-4, last: float = 0.02) -> Tensor
     Raises:
         ValueError: T, first or last out of range.
     """
-    _levels(T)
     if not (first > 0 and last > 0):
         raise ValueError(f"first, last: expected numbers above 0, got {first!r}, {last!r}")
-    position = torch.arange(T, dtype=torch.float64) / (T - 1) if T > 1 else torch.ones(1, dtype=torch.float64)
-    return first + (last - first) * position
+    return _between(T, first, last)
 
 
 SCHEDULES: dict[str, Callable[[int], Tensor]] = {

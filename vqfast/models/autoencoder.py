@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vqfast.nn.autoencoder import Decoder, Encoder
 from vqfast.nn.blocks import GROUPS
 from vqfast.nn.vector_quantize import VectorQuantize
-from vqfast.ops.checks import describe
+from vqfast.ops.checks import check_indices, describe
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class AutoencoderConfig:
         # JSON gives lists back.
         object.__setattr__(self, "mults", tuple(self.mults))
         object.__setattr__(self, "attention_resolutions", tuple(self.attention_resolutions))
+        check_sizes(self, "in_channels", "channels", "num_res_blocks", "codebook_size", "code_dim")
         if not self.mults or min(self.mults) < 1:
             raise ValueError(f"mults: expected at least one multiple of at least 1, got {self.mults}")
         if self.image_size < self.downsampling or self.image_size % self.downsampling:
@@ -70,6 +71,13 @@ class AutoencoderConfig:
     def attends(self) -> tuple[bool, ...]:
         """Whether each level attends."""
         return tuple(self.image_size // 2**level in self.attention_resolutions for level in range(len(self.mults)))
+
+
+def check_sizes(config: object, *names: str) -> None:
+    """Raises ValueError where a field of these names is below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}: expected at least 1, got {getattr(config, name)}")
 
 
 def check_images(images: Tensor, config: AutoencoderConfig) -> None:
@@ -152,7 +160,8 @@ class Autoencoder(nn.Module):
         Raises:
             TypeError, ValueError: another dtype or shape, or a code that is none.
         """
-        if isinstance(codes, Tensor) and codes.ndim != 3:
+        check_indices(codes, self.config.codebook_size, name="codes")
+        if codes.ndim != 3:
             raise ValueError(f"codes: expected shape (B, h, w), got {describe(codes)}")
         return self._decode(self.quantizer.get_codes_from_indices(codes))
 

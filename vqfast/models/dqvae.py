@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqfast.models.adversarial import Adversarial, AdversarialConfig
-from vqfast.models.autoencoder import AutoencoderConfig, check_images, codebook_scalars
+from vqfast.models.autoencoder import AutoencoderConfig, check_images, check_sizes, codebook_scalars
 from vqfast.models.dqvae_networks import GrainEncoder, PositionalDecoder
 from vqfast.nn.perceptual import LPIPS
 from vqfast.nn.routers import (
@@ -22,6 +22,7 @@ from vqfast.nn.routers import (
     FixedRouter,
     RandomRouter,
     Routing,
+    check_shares,
     code_lengths,
     counts_for_codes,
     ranked_grains,
@@ -29,6 +30,7 @@ from vqfast.nn.routers import (
 )
 from vqfast.nn.vector_quantize import VectorQuantize
 from vqfast.ops import code_weights, grain_budget_loss, pack, unpack
+from vqfast.ops.checks import check_indices, describe
 
 ROUTERS = ("feature", "entropy", "random", "fixed")
 # By the number of grains.
@@ -95,6 +97,7 @@ class DQVAEConfig(AutoencoderConfig, AdversarialConfig):
         for name in ("decoder_mults", "shares", "entropy_thresholds", "budget_weights"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_sizes(self, "z_channels")
         if not 2 <= self.grains <= min(3, len(self.mults)):
             raise ValueError(f"grains: expected 2 or 3, and a level of mults for each, got {self.grains}")
         if self.freeze_encoder:
@@ -110,9 +113,13 @@ class DQVAEConfig(AutoencoderConfig, AdversarialConfig):
         for name in ("shares", "budget_weights"):
             if len(getattr(self, name)) != finer:
                 raise ValueError(f"{name}: expected one for each of {finer} finer grains, got {getattr(self, name)}")
-        if self.decoder_mults is not None and len(self.decoder_mults) != levels:
+        check_shares(self.shares)
+        if min(self.budget_weights) < 0:
+            raise ValueError(f"budget_weights: expected at least 0, got {self.budget_weights}")
+        if self.decoder_mults is not None and (len(self.decoder_mults) != levels or min(self.decoder_mults) < 1):
             raise ValueError(
-                f"decoder_mults: expected {levels} levels, from the image to the finest grid, got {self.decoder_mults}"
+                f"decoder_mults: expected {levels} levels, from the image to the finest grid, each at least 1, "
+                f"got {self.decoder_mults}"
             )
 
     @property
@@ -242,8 +249,16 @@ class DQVAE(Adversarial):
             return self._encode(features, routing)
 
     def decode_codes(self, codes: Tensor | DynamicCodes) -> Tensor:
-        """Codes (B, Hf, Wf) on the finest grid to images (B, C, H, W), about [-1, 1], not clipped."""
+        """Codes (B, Hf, Wf) on the finest grid to images (B, C, H, W), about [-1, 1], not clipped.
+
+        Raises:
+            TypeError, ValueError: another dtype or shape, or a code that is none.
+        """
         codes = codes.codes if isinstance(codes, DynamicCodes) else codes
+        check_indices(codes, self.config.codebook_size, name="codes")
+        side = self.config.fine_grid_size
+        if codes.shape[1:] != (side, side):
+            raise ValueError(f"codes: expected shape (B, {side}, {side}), got {describe(codes)}")
         return self._decode(self.quantizer.get_codes_from_indices(codes))
 
     def reconstruct(self, images: Tensor, **targets) -> Tensor:

@@ -19,6 +19,7 @@ from vqfast.models.conditioning import (
 from vqfast.models.drawing import batches, evaluating, token_steps
 from vqfast.nn.attention import CausalTransformer, KVCache, init_weights
 from vqfast.nn.sampling_filters import DrawOptions, draw, guide
+from vqfast.ops.checks import check_indices
 
 
 @dataclass
@@ -86,8 +87,12 @@ class RasterGPT(nn.Module):
 
         Returns:
             (B, L, K).
+
+        Raises:
+            TypeError, ValueError: codes that are not on the grid or out of range; labels other than these.
         """
         codes = flat_codes("codes", codes, self.config.grid)
+        check_indices(codes, self.config.codebook_size, name="codes")
         x = torch.cat([self._start(labels, len(codes))[:, None], self.code_embedding(codes[:, :-1])], dim=1)
         return self.head(self.stack(self.dropout(x + self.index_embedding.weight)))
 

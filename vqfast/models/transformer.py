@@ -95,6 +95,8 @@ class Transformer(nn.Module):
         super().__init__()
         if heads < 1 or dim < 1 or dim % (4 * heads):
             raise ValueError(f"dim: expected a multiple of 4 * heads = {4 * heads} (rows and columns), got {dim}")
+        if depth < 1:
+            raise ValueError(f"depth: expected at least 1, got {depth}")
         self.codebook_size = codebook_size
         self.grid = (grid[0], grid[1])
         self.T = T

@@ -110,8 +110,8 @@ class UNet(nn.Module):
         super().__init__()
         if dim % groups or dim % 2 or dim < 4:
             raise ValueError(f"dim: expected an even number, at least 4 and a multiple of groups = {groups}, got {dim}")
-        if not mults:
-            raise ValueError("mults: expected at least one level, got ()")
+        if not mults or min(mults) < 1:
+            raise ValueError(f"mults: expected at least one level, of widths of at least 1, got {mults}")
         self.codebook_size = codebook_size
         self.grid = (grid[0], grid[1])
         self.T = T

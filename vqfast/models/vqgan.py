@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from vqfast.models.adversarial import Adversarial, AdversarialConfig
-from vqfast.models.autoencoder import Autoencoder, AutoencoderConfig, codebook_scalars
+from vqfast.models.autoencoder import Autoencoder, AutoencoderConfig, check_sizes, codebook_scalars
 from vqfast.nn.perceptual import LPIPS
 
 
@@ -37,6 +37,7 @@ class VQGANConfig(AutoencoderConfig, AdversarialConfig):
     def __post_init__(self):
         AutoencoderConfig.__post_init__(self)
         AdversarialConfig.__post_init__(self)
+        check_sizes(self, "z_channels")
         if self.codebook_weight < 0:
             raise ValueError(f"codebook_weight: expected at least 0, got {self.codebook_weight}")
 

@@ -40,14 +40,14 @@ class PatchDiscriminator(nn.Module):
         self.apply(_initialise)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) float in [-1, 1] to logits (B, 1, h, w), above 0 for real.
+        """Images (B, C, H, W) of any float dtype in [-1, 1] to logits (B, 1, h, w), above 0 for real.
 
         Raises:
             ValueError: images too small to leave a logit.
         """
         if min(images.shape[-2:]) < self.smallest:
             raise ValueError(f"images: expected at least {self.smallest} pixels a side, got {tuple(images.shape)}")
-        return self.main(images)
+        return self.main(images.to(self.main[0].weight.dtype))
 
 
 def _initialise(module: nn.Module) -> None:

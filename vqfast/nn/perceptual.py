@@ -75,7 +75,8 @@ class LPIPS(nn.Module):
             )
         if min(images.shape[2:]) < SMALLEST:
             raise ValueError(f"images: expected at least {SMALLEST} pixels a side, got {tuple(images.shape)}")
-        x, y = ((side.expand(-1, 3, -1, -1) - self.shift) / self.scale for side in (images, reference))
+        pair = (side.expand(-1, 3, -1, -1).to(self.shift.dtype) for side in (images, reference))
+        x, y = ((side - self.shift) / self.scale for side in pair)
         distance = x.new_zeros(len(x), dtype=torch.float32)
         for stage, layers in enumerate(_STAGES):
             if stage:

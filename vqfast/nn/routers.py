@@ -103,7 +103,7 @@ class EntropyRouter(nn.Module):
         patch_size: pixels a side of a cell.
         shares: share of the cells that each finer grain gets, (median, ..., fine); the coarsest gets the rest.
         per: "dataset" or "image".
-        thresholds: entropies from which on a cell has grain 1, 2, ...; fixed, in place of quantiles.
+        thresholds: entropies above which a cell has grain 1, 2, ...; fixed, in place of quantiles.
 
     Buffer: histogram (bins,) float64, how many training cells had which entropy, 0..ln(32).
 
@@ -119,7 +119,7 @@ class EntropyRouter(nn.Module):
         thresholds: Sequence[float] | None = None,
     ):
         super().__init__()
-        self.shares = _check_shares(shares)
+        self.shares = check_shares(shares)
         self.grains = len(self.shares) + 1
         if patch_size < 1:
             raise ValueError(f"patch_size: expected at least 1, got {patch_size}")
@@ -158,7 +158,7 @@ class EntropyRouter(nn.Module):
 
     @property
     def thresholds(self) -> Tensor:
-        """(grains - 1,) entropies from which on a cell has grain 1, 2, ...: float64, on the device."""
+        """(grains - 1,) entropies above which a cell has grain 1, 2, ...: float64, on the device."""
         if self.fixed_thresholds is not None:
             return self.histogram.new_tensor(self.fixed_thresholds)
         below = self.histogram.cumsum(0) / self.histogram.sum().clamp(min=1)
@@ -224,7 +224,7 @@ class RandomRouter(nn.Module):
 
     def __init__(self, shares: Sequence[float] = (0.5,)):
         super().__init__()
-        self.shares = _check_shares(shares)
+        self.shares = check_shares(shares)
         self.grains = len(self.shares) + 1
 
     def decide(self, features: Sequence[Tensor], images: Tensor | None = None) -> Routing:
@@ -394,7 +394,8 @@ def _check_grains(grains: int) -> None:
         raise ValueError(f"grains: expected at least 2, got {grains}")
 
 
-def _check_shares(shares: Sequence[float]) -> tuple[float, ...]:
+def check_shares(shares: Sequence[float]) -> tuple[float, ...]:
+    """As floats; ValueError where they are negative or exceed 1 together."""
     shares = tuple(float(share) for share in shares)
     if not shares or min(shares) < 0 or sum(shares) > 1 + 1e-9:
         raise ValueError(

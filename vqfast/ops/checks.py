@@ -139,16 +139,16 @@ def _check_range(name: str, value: Tensor, low: int, high: int, meaning: str) ->
         raise ValueError(f"{name}: expected values in {low}..{high} ({meaning}), got {smallest}..{largest}")
 
 
-def check_indices(indices: Any, codebook_size: int, least: int = 0) -> None:
+def check_indices(indices: Any, codebook_size: int, least: int = 0, name: str = "indices") -> None:
     """Indices of codes to be decoded, of any shape: int64 or int32; values in least..K-1, of which -1 is masked.
 
     Values are looked at on the host, on other devices in checked mode, and not in a traced graph.
     """
     if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"indices: expected an int64 or int32 tensor, got {describe(indices)}")
+        raise TypeError(f"{name}: expected an int64 or int32 tensor, got {describe(indices)}")
     if (indices.is_cpu or checking()) and not torch.compiler.is_compiling():
         meaning = f"K = {codebook_size}" if least == 0 else f"K = {codebook_size}; -1 is masked"
-        _check_range("indices", indices, least, codebook_size - 1, meaning)
+        _check_range(name, indices, least, codebook_size - 1, meaning)
 
 
 def _indices(indices: Tensor, codebook_size: int) -> None:

@@ -151,6 +151,22 @@ def test_batches_of_one_step_are_routed_by_what_was_seen_before_it():
     assert parts.histogram.sum() == 40 * 16, "what was seen before an error does not count"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_of_the_module_leaves_what_was_seen_exact(dtype):
+    exact, cast, data = EntropyRouter(16), EntropyRouter(16).to(dtype), images(64)
+    for router in (exact, cast):
+        for batch in data.split(16):
+            router(None, batch)
+    assert torch.equal(exact.histogram, cast.histogram) and torch.equal(exact.thresholds, cast.thresholds)
+
+
+def test_counts_saved_as_float_load():
+    seen, loaded = EntropyRouter(16), EntropyRouter(16)
+    seen(None, images())
+    loaded.load_state_dict({"histogram": seen.histogram.double()})
+    assert torch.equal(seen.thresholds, loaded.thresholds)
+
+
 def test_flat_images_route():
     router = EntropyRouter(16, per="image")
     assert (code_lengths(router(None, torch.zeros(2, 3, 64, 64)).grains) == 40).all()

@@ -105,7 +105,7 @@ class EntropyRouter(nn.Module):
         per: "dataset" or "image".
         thresholds: entropies above which a cell has grain 1, 2, ...; fixed, in place of quantiles.
 
-    Buffer: histogram (bins,) float64, how many training cells had which entropy, 0..ln(32).
+    Buffer: histogram (bins,) int64, how many training cells had which entropy, 0..ln(32).
 
     Raises:
         ValueError: shares that are negative or exceed 1, an unknown `per`, thresholds that do not rise.
@@ -129,7 +129,7 @@ class EntropyRouter(nn.Module):
             raise ValueError(f"thresholds: expected {len(self.shares)} rising entropies, got {tuple(thresholds)}")
         self.patch_size, self.per = patch_size, per
         self.fixed_thresholds = None if thresholds is None else tuple(float(t) for t in thresholds)
-        self.register_buffer("histogram", torch.zeros(_HISTOGRAM, dtype=torch.float64))
+        self.register_buffer("histogram", torch.zeros(_HISTOGRAM, dtype=torch.int64))
         self.accumulating = False
         self._noted: Tensor | None = None
 
@@ -144,7 +144,7 @@ class EntropyRouter(nn.Module):
         Inside `accumulate_entropies` they are kept until its end.
         """
         place = (entropy.reshape(-1) / _largest_entropy() * _HISTOGRAM).long().clamp(0, _HISTOGRAM - 1)
-        counts = torch.zeros_like(self.histogram).scatter_add_(0, place, torch.ones_like(place, dtype=torch.float64))
+        counts = torch.zeros_like(self.histogram).scatter_add_(0, place, torch.ones_like(place))
         self._noted = counts if self._noted is None else self._noted + counts
         if not self.accumulating:
             self.update_histogram()
@@ -160,9 +160,9 @@ class EntropyRouter(nn.Module):
     def thresholds(self) -> Tensor:
         """(grains - 1,) entropies above which a cell has grain 1, 2, ...: float64, on the device."""
         if self.fixed_thresholds is not None:
-            return self.histogram.new_tensor(self.fixed_thresholds)
-        below = self.histogram.cumsum(0) / self.histogram.sum().clamp(min=1)
-        wanted = self.histogram.new_tensor(_shares_below(self.shares))
+            return torch.tensor(self.fixed_thresholds, dtype=torch.float64, device=self.histogram.device)
+        below = self.histogram.cumsum(0).double() / self.histogram.sum().clamp(min=1)
+        wanted = below.new_tensor(_shares_below(self.shares))
         place = torch.searchsorted(below, wanted).clamp(max=_HISTOGRAM - 1)
         before = torch.where(place > 0, below[(place - 1).clamp(min=0)], 0)
         # Within its bin the distribution is taken as even.

@@ -36,7 +36,8 @@ def test_bits_are_those_of_the_model():
     sizes = dict(codebook_size=5, grid=(2, 2), dim=16, depth=1, heads=2, num_classes=3)
     gpt = RasterGPT(RasterGPTConfig(**sizes)).eval()
     p = gpt(codes, labels).detach().log_softmax(-1).gather(-1, codes.flatten(1)[..., None])
-    assert held_out_bits(gpt, batches, noise) == pytest.approx(float(-p.mean()) / np.log(2), rel=1e-5)
+    for mode in (False, True):
+        assert held_out_bits(gpt.train(mode), batches, noise) == pytest.approx(float(-p.mean()) / np.log(2), rel=1e-5)
     # The bound is an estimate: the same noise for the same halves of the set, which is larger than a batch.
     ddm = VQDDM(VQDDMConfig(denoiser="transformer", T=5, **sizes)).eval()
     noise.manual_seed(1)

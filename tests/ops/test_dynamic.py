@@ -44,6 +44,14 @@ def test_each_code_is_chosen_once(capacity):
     torch.testing.assert_close(sums.sum(0), vectors.sum(0))
 
 
+def test_a_default_device_elsewhere_is_not_for_tensors_of_the_host():
+    features, grains, codebook = problem(4)
+    with torch.device("meta"):
+        here = ops.dynamic_quantize(features, grains, codebook)
+    expected = ops.dynamic_quantize(features, grains, codebook)
+    assert torch.equal(here.indices, expected.indices) and torch.equal(here.quantized, expected.quantized)
+
+
 def problem(num_grains: int = 2, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
     """features equal over what each code covers, grains, codebook."""
     g = torch.Generator().manual_seed(num_grains)

@@ -61,11 +61,8 @@ def held_out_bits(model: VQDDM | RasterGPT, codes: CodeBatches, generator: torch
     total = 0.0
     for positions in np.array_split(np.arange(len(codes)), -(-len(codes) // BATCH)):
         batch = {name: values.to(generator.device) for name, values in codes[positions].items()}
-        if isinstance(model, VQDDM):
-            bits = model.bits_per_dim(batch["codes"], batch["label"], generator=generator).mean()
-        else:
-            bits = model.training_step(batch)["bits_per_dim"]
-        total += float(bits) * len(positions)
+        noise = {"generator": generator} if isinstance(model, VQDDM) else {}
+        total += float(model.bits_per_dim(batch["codes"], batch["label"], **noise).sum())
     return total / len(codes)
 
 

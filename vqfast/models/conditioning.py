@@ -137,7 +137,7 @@ def sampling_labels(
             )
         return None
     if isinstance(labels, int):
-        labels = torch.full((n,), labels)
+        labels = torch.full((n,), labels, device="cpu")  # where values can be looked at
     check_labels(labels, n, num_classes)
     return labels.to(device)
 

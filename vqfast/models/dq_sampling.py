@@ -110,7 +110,7 @@ def draw_tokens(
     rows = B if without is None else 2 * B
     position_cache = KVCache(model.position_stack, rows, c.longest)
     content_cache = KVCache(model.content_stack, rows, c.longest)
-    order = _training_order(c).to(starts.device)
+    order = _training_order(c, starts.device)
     all_at_finest = c.num_grains == 1
 
     def both(symbol: Tensor, is_start: Tensor | None = None) -> Tensor:
@@ -155,9 +155,9 @@ def draw_tokens(
     return tokens
 
 
-def _training_order(config: "DQTransformerConfig") -> Tensor:
+def _training_order(config: "DQTransformerConfig", device: torch.device) -> Tensor:
     """Positions of the finest grain, and its special ones behind, in the order in which training gives them."""
-    ids = torch.arange(len(config.positions[-1]))
+    ids = torch.arange(len(config.positions[-1]), device=device)
     if config.order == "row":
         return ids
     (h, w), edge, size = config.cells, config.cell, config.positions[-1].size

@@ -344,7 +344,8 @@ class DQVAE(Adversarial):
                 f"target_codes: expected one number, or one for each of {batch} images, got {len(targets)}"
             )
         counts = [counts_for_codes(target, cells, self.config.shares) for target in targets]
-        return routing._replace(grains=ranked_grains(routing.scores, torch.tensor(counts)))
+        counts = torch.tensor(counts, device=routing.scores.device)
+        return routing._replace(grains=ranked_grains(routing.scores, counts))
 
     def _with_error(self, routing: Routing, features: list[Tensor], images: Tensor, target_error: float) -> Routing:
         """Bisection over the numbers of codes that can be reached, all images at once, without a host sync."""

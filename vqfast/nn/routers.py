@@ -4,6 +4,7 @@ A router looks at an image cell by cell of the coarsest code grid and gives each
 codes. Features come coarsest first, each grid twice as fine as the one before.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from vqfast.nn.blocks import GROUPS, group_norm
 from vqfast.nn.codebook import sum_over_processes
 from vqfast.ops import grain_entropy
 
-ENTROPY_BINS = 32  # of the grey-level histogram, and so ln(32) the largest entropy
+_LARGEST_ENTROPY = math.log(32)  # of the 32 bins of the grey-level histogram
 _HISTOGRAM = 4096  # bins of the running distribution of entropies: quantiles to within 0.001
 
 
@@ -143,7 +144,7 @@ class EntropyRouter(nn.Module):
 
         Inside `accumulate_entropies` they are kept until its end.
         """
-        place = (entropy.reshape(-1) / _largest_entropy() * _HISTOGRAM).long().clamp(0, _HISTOGRAM - 1)
+        place = (entropy.reshape(-1) / _LARGEST_ENTROPY * _HISTOGRAM).long().clamp(0, _HISTOGRAM - 1)
         counts = torch.zeros_like(self.histogram).scatter_add_(0, place, torch.ones_like(place))
         self._noted = counts if self._noted is None else self._noted + counts
         if not self.accumulating:
@@ -167,7 +168,7 @@ class EntropyRouter(nn.Module):
         before = torch.where(place > 0, below[(place - 1).clamp(min=0)], 0)
         # Within its bin the distribution is taken as even.
         inside = ((wanted - before) / (below[place] - before).clamp(min=1e-12)).clamp(0, 1)
-        return (place + inside) / _HISTOGRAM * _largest_entropy()
+        return (place + inside) / _HISTOGRAM * _LARGEST_ENTROPY
 
     def decide(self, features: Sequence[Tensor] | None, images: Tensor) -> Routing:
         """Route images (B, C, H, W) in [-1, 1] by what was observed so far. features are not read."""
@@ -378,10 +379,6 @@ def _expected_grain(logits: Tensor) -> Tensor:
     if logits.shape[-1] == 2:
         return (logits[..., 1] - logits[..., 0]).detach()
     return (logits.detach().softmax(-1) * torch.arange(logits.shape[-1], device=logits.device)).sum(-1)
-
-
-def _largest_entropy() -> float:
-    return torch.tensor(ENTROPY_BINS, dtype=torch.float64).log().item()
 
 
 def _shares_below(shares: Sequence[float]) -> list[float]:

@@ -1,6 +1,5 @@
 """Quantisation of images whose cells have different grains: every code is searched, counted and charged once."""
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -73,10 +72,9 @@ class _DynamicLookup(torch.autograd.Function):
         return grad_features, grad_codebook, *(None,) * 6
 
 
-@functools.cache
-def _first_grain(num_grains: int) -> Tensor:
+def _first_grain(num_grains: int, device: torch.device) -> Tensor:
     """(F, F) int64, F = 2^(G-1): the coarsest grain of which a code has its top left at this position of a cell."""
-    along = torch.arange(2 ** (num_grains - 1))
+    along = torch.arange(2 ** (num_grains - 1), device=device)
     both = along[:, None] | along
     starts = [both % 2 ** (num_grains - 1 - grain) == 0 for grain in range(num_grains)]
     return num_grains - torch.stack(starts).sum(0)
@@ -85,7 +83,9 @@ def _first_grain(num_grains: int) -> Tensor:
 def _holds_code(grains: Tensor, num_grains: int) -> Tensor:
     """(B, Hf, Wf) bool: whether a position of the fine grid is the top left of a code."""
     (B, Hc, Wc), F = grains.shape, 2 ** (num_grains - 1)
-    return (grains[:, :, None, :, None] >= _first_grain(num_grains)[:, None, :]).reshape(B, Hc * F, Wc * F)
+    return (grains[:, :, None, :, None] >= _first_grain(num_grains, grains.device)[:, None, :]).reshape(
+        B, Hc * F, Wc * F
+    )
 
 
 def _in_place(

@@ -21,6 +21,12 @@ def test_processes_share_the_batches_that_one_would_take_in_turn():
     assert noise == {alone.noise_seed(step, number, 0) for step in range(12) for number in range(2)}
 
 
+def test_positions_are_places_in_the_data_however_often_it_was_gone_through():
+    several = feed(1)
+    seen = np.concatenate([several.positions(step) for step in range(15)])  # 120 images of 30
+    np.testing.assert_array_equal(np.bincount(seen, minlength=30), np.full(30, 4))
+
+
 def test_another_number_of_processes_goes_on_behind_what_was_taken():
     alone, resumed = feed(1), feed(1)
     resumed.go_on(4, feed(3).batches(4))  # four steps of three processes

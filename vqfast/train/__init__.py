@@ -1,4 +1,4 @@
-"""Training any model that has a `training_step`: the loop, its checkpoints, and the folder they live in."""
+"""Training the models of vqfast.models: the loop, its checkpoints, and the folder they live in."""
 
 from vqfast.train.checkpoint import load_autoencoder, load_model
 from vqfast.train.config import TrainConfig

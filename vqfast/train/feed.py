@@ -15,7 +15,7 @@ class Feed:
     """Batches of one process among `processes`, `accumulation` of them a step.
 
     Args:
-        dataset: indexed by an array of positions, gives a batch of tensors.
+        dataset: indexed by an array of visits, gives a batch of tensors; see vqfast.data.batches.ShuffledSteps.
         config: how to train.
         rank, processes: which process this is, of how many.
         device: where batches go.
@@ -55,7 +55,8 @@ class Feed:
 
     def positions(self, step: int) -> np.ndarray:
         """Positions in the dataset of all images of a step, those of the other processes too."""
-        return np.concatenate([p for rank in range(self._processes) for p in self._places(step, step + 1, rank)])
+        visits = [v for rank in range(self._processes) for v in self._places(step, step + 1, rank)]
+        return np.concatenate(visits) % len(self._dataset)
 
     def _places(self, first: int, last: int, rank: int) -> ShuffledSteps:
         taken = range(self.batches(first) + rank, self.batches(last), self._processes)

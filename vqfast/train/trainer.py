@@ -59,8 +59,9 @@ def train(
     """Train a model and leave checkpoints, metrics.jsonl and pictures in a run folder.
 
     Args:
-        model: see `vqfast.train.parts` for what it offers.
-        dataset: indexed by an array of positions, gives a batch of tensors; see vqfast.data.
+        model: one of vqfast.models.registry; see `vqfast.train.parts` for what it offers.
+        dataset: indexed by an array of visits, gives a batch of tensors. A visit is a position, plus the length of the
+            dataset for every time that it was seen before: take it modulo the length, as the datasets of vqfast.data.
         config: how to train.
         out: folder of the run, made by `create_run`.
         held_out: like dataset: its mean scalars are logged as held_out/...
@@ -71,6 +72,7 @@ def train(
         The model to use, in eval mode: with averaged weights if config.ema_decay asks for them.
 
     Raises:
+        TypeError: a model of another kind.
         RunError: the loss diverged (the message names step and batch), there is nothing to resume, or the last
             checkpoint could not be written.
         Stopped: it was asked to stop by SIGTERM or Ctrl-C, and left a checkpoint.

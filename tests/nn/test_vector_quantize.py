@@ -420,6 +420,16 @@ def test_the_test_above_sees_a_read(read, nothing_read_back):
         read(torch.randn(5))
 
 
+def test_input_without_gradient_leaves_that_of_projections_and_codes_alone():
+    vq = VectorQuantize(8, 16, codebook_dim=4, learnable_codebook=True, ema_update=False)
+    x, grads = torch.randn(3, 20, 8), []
+    for wanted in (False, True):
+        quantized, _, loss = vq(x.clone().requires_grad_(wanted))
+        grads.append(torch.autograd.grad((quantized * x).sum() + loss, list(vq.parameters())))
+    for without, with_it in zip(*grads, strict=True):
+        assert torch.equal(without, with_it) and without.any()
+
+
 def test_compiles_without_a_graph_break():
     vq = VectorQuantize(8, 16, **HEADS, use_cosine_sim=True).eval()
     x = torch.randn(2, 5, 8)

@@ -15,6 +15,7 @@ from vqfast.nn.codebook import (
     revived,
     sum_over_processes,
 )
+from vqfast.nn.peer_checkpoints import rename_codebook
 
 USAGE_WINDOW = 100
 
@@ -39,6 +40,7 @@ class FollowingCodebook(nn.Module):
         self.register_buffer("initialised", torch.tensor(not kmeans_init))
         # The same fact on the host: reading the buffer at every step would wait for the device.
         self._initialised = not kmeans_init
+        self.register_load_state_dict_pre_hook(rename_codebook)
         self.register_load_state_dict_post_hook(FollowingCodebook._after_load)
         self.accumulating = False
         self._turn = (0, 1)

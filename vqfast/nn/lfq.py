@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vqfast.nn.constants import register_constant
 from vqfast.nn.lookup_free import LookupFreeQuantizer
+from vqfast.nn.peer_checkpoints import drop_powers_of_two
 from vqfast.nn.precision import full_precision
 
 
@@ -123,6 +124,7 @@ class LFQ(LookupFreeQuantizer):
         self.codebook_scale, self.spherical = codebook_scale, spherical
         self.soft_clamp_input_value = soft_clamp_input_value
         self.magnitude = codebook_scale * bits**-0.5 if spherical else codebook_scale
+        self.register_load_state_dict_pre_hook(drop_powers_of_two)
         register_constant(self, "_place", [2**place for place in range(bits - 1, -1, -1)])
 
     def forward(

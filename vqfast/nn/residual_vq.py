@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vqfast.nn.layout import channels_last
+from vqfast.nn.peer_checkpoints import drop_copies
 from vqfast.nn.vector_quantize import VectorQuantize
 from vqfast.ops import residual_nearest
 from vqfast.ops.checks import check_float, check_indices, check_mask
@@ -105,6 +106,7 @@ class ResidualVQ(nn.Module):
         options["manual_ema_update"] = shared_codebook or manual
         self.layers = nn.ModuleList(VectorQuantize(dim=codebook_dim, codebook_size=K, **options) for K in own)
         self._seeds = DropoutSeeds()
+        self.register_load_state_dict_pre_hook(drop_copies)
 
     @property
     def codebooks(self) -> Tensor | tuple[Tensor, ...]:

@@ -51,6 +51,14 @@ def test_shapes_that_differ_are_refused(measure):
         measure(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 7))
 
 
+@pytest.mark.parametrize("measure", [psnr, ssim])
+def test_pixels_of_0_to_255_are_refused_rather_than_measured_against_a_peak_of_2(measure):
+    pixels = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    for pair in ((pixels, pixels), (pixels.float(), pixels), (pixels.numpy(), pixels.numpy())):
+        with pytest.raises(TypeError, match="^(images|reference): expected a float64, float32, .* got uint8"):
+            measure(*pair)
+
+
 def test_usage_and_perplexity():
     codes = torch.tensor([[0, 0], [1, 1]])
     assert codebook_usage(codes, 8) == 0.25
@@ -59,6 +67,11 @@ def test_usage_and_perplexity():
     assert perplexity(torch.zeros(0, dtype=torch.int64), 8) == 0
     with pytest.raises(ValueError, match=r"codes: expected values in 0\.\.7, got 0\.\.8"):
         codebook_usage(torch.tensor([0, 8]), 8)
+    with pytest.raises(ValueError, match="times: expected at least 1, got 0"):
+        codebook_usage(codes, 8, times=0)
+    for wrong in (codes.float(), codes > 0, [0, 1]):
+        with pytest.raises(TypeError, match="codes: expected a tensor of integers, got"):
+            perplexity(wrong, 8)
 
 
 def test_copied():

@@ -18,6 +18,7 @@ from vqfast.ops import (
     Transition,
     Uniform,
     diffusion_loss,
+    neighbour_rate,
     p_sample,
     posterior,
     prior_kl,
@@ -428,6 +429,9 @@ class TestErrors:
             (lambda: SymmetricRate(rate(), TIMES, alpha_bar=COSINE), TypeError, "times, alpha_bar: .* got both"),
             (lambda: SymmetricRate(rate(), alpha_bar=TIMES), ValueError, "alpha_bar: expected 1 at level 0"),
             (lambda: Nearest(EMBEDDINGS, 5, TIMES), ValueError, r"neighbours: expected a whole number in 1..4 \(K = 5"),
+            (lambda: Gaussian(K + 0.5, BETAS), TypeError, "codebook_size: expected a whole number, got float 5.5"),
+            (lambda: neighbour_rate(EMBEDDINGS), TypeError, "neighbours: expected an int64 tensor"),
+            (lambda: neighbour_rate(torch.full((K, 2), K)), ValueError, r"neighbours: expected codes in 0\.\.K - 1"),
             (lambda: Nearest(EMBEDDINGS * torch.nan, 2, TIMES), ValueError, "embeddings: expected finite values"),
         ],
     )

@@ -271,6 +271,22 @@ class TestPadded:
         with vqfast.checked(), pytest.raises(ValueError, match=expected):
             ops.from_padded((coarse, fine), cells=(2, 2))
 
+    @pytest.mark.parametrize(
+        ("change", "error", "words"),
+        [
+            (dict(codebook_size=9), ValueError, r"^packed.values: expected values in 0\.\.8 \(K = 9\), got 0\.\.9"),
+            (dict(codebook_size=0), ValueError, "^codebook_size: expected at least 1"),
+            (dict(cells=(2,)), TypeError, "^cells: expected two whole numbers"),
+            (dict(cells=4), TypeError, "^cells: expected two whole numbers"),
+            (dict(packed=torch.zeros(3)), TypeError, "^packed: expected what pack returns"),
+        ],
+    )
+    def test_what_does_not_fit_is_named(self, change, error, words):
+        """A code beyond K would be read as the special token of its number."""
+        packed = ops.pack(torch.full((2, 4, 4), 9), torch.zeros(2, 2, 2, dtype=torch.int64))
+        with pytest.raises(error, match=words):
+            ops.to_padded(**dict(packed=packed, cells=(2, 2), codebook_size=10) | change)
+
     def test_an_empty_batch(self):
         packed = ops.pack(torch.zeros(0, 4, 4, dtype=torch.int64), torch.zeros(0, 2, 2, dtype=torch.int64))
         segments = ops.to_padded(packed, cells=(2, 2), codebook_size=9, trim=True)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vqfast.ops.checks import check_whole, describe
+
 
 def codebook_usage(codes: Tensor, codebook_size: int, *, times: int = 1) -> float:
     """Share of the codebook that occurs in `codes`, 0..1.
@@ -13,7 +15,12 @@ def codebook_usage(codes: Tensor, codebook_size: int, *, times: int = 1) -> floa
         codes: any shape, integers in [0, codebook_size).
         codebook_size: K.
         times: how often a code must occur to count; ReFiT's measure takes 10 (arXiv 2112.01799).
+
+    Raises:
+        TypeError: codes that are no tensor of integers.
+        ValueError: a code out of range, times below 1.
     """
+    check_whole("times", times, 1)
     return _usage(_counts(codes, codebook_size), times)
 
 
@@ -21,6 +28,10 @@ def perplexity(codes: Tensor, codebook_size: int) -> float:
     """exp of the entropy of the codes' frequencies: the number of codes in even use, 1..codebook_size.
 
     0 for no codes.
+
+    Raises:
+        TypeError: codes that are no tensor of integers.
+        ValueError: a code out of range.
     """
     return _perplexity(_counts(codes, codebook_size))
 
@@ -80,6 +91,9 @@ def _perplexity(counts: Tensor) -> float:
 
 
 def _counts(codes: Tensor, codebook_size: int) -> Tensor:
+    check_whole("codebook_size", codebook_size, 1)
+    if not isinstance(codes, Tensor) or codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+        raise TypeError(f"codes: expected a tensor of integers, got {describe(codes)}")
     flat = codes.reshape(-1)
     if flat.numel() and not (0 <= int(flat.min()) and int(flat.max()) < codebook_size):
         raise ValueError(f"codes: expected values in 0..{codebook_size - 1}, got {int(flat.min())}..{int(flat.max())}")

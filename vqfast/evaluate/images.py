@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqfast.ops.checks import check_float
+
 _WINDOW = 11
 _SIGMA = 1.5
 
@@ -18,6 +20,7 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
         (N,) float64, dB; infinite where the images are equal.
 
     Raises:
+        TypeError: not float tensors.
         ValueError: shapes that differ or are not (N, C, H, W).
     """
     _check(images, reference)
@@ -37,6 +40,7 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
         (N,) float64, 1 where the images are equal.
 
     Raises:
+        TypeError: not float tensors.
         ValueError: shapes that differ or are not (N, C, H, W).
     """
     _check(images, reference)
@@ -70,6 +74,8 @@ def _gaussian(side: int, device: torch.device) -> Tensor:
 
 
 def _check(images: Tensor, reference: Tensor) -> None:
+    for name, value in (("images", images), ("reference", reference)):
+        check_float(name, value)
     if images.ndim != 4 or images.shape != reference.shape:
         raise ValueError(
             f"images: expected (N, C, H, W) as reference has, {tuple(reference.shape)}, got {tuple(images.shape)}"

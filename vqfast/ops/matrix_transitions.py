@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vqfast.kernels.transition_matmul.library import products_ahead
-from vqfast.ops.checks import describe
+from vqfast.ops.checks import check_whole, describe
 from vqfast.ops.transitions import Transition, check_alpha_bar
 
 # How far a row that is given may be from the sum 1, and a rate from symmetry.
@@ -164,8 +164,7 @@ class Gaussian(_Chain):
 
     def __init__(self, codebook_size: int, betas: Tensor, *, stride: int | None = None):
         betas = _check_float_table("betas", betas, "(T,)")
-        if codebook_size < 2:
-            raise ValueError(f"codebook_size: expected at least 2, got {codebook_size}")
+        check_whole("codebook_size", codebook_size, 2)
         if betas.ndim != 1 or betas.numel() < 1:
             raise ValueError(f"betas: expected shape (T,) with T >= 1, got {tuple(betas.shape)}")
         if not ((betas > 0) & betas.isfinite()).all():
@@ -338,7 +337,14 @@ def neighbour_rate(neighbours: Tensor) -> Tensor:
 
     Returns:
         (K, K) float64, rows of sum 0.
+
+    Raises:
+        TypeError, ValueError: neighbours other than these.
     """
+    if not isinstance(neighbours, Tensor) or neighbours.dtype != torch.int64:
+        raise TypeError(f"neighbours: expected an int64 tensor (K, n), got {describe(neighbours)}")
+    if neighbours.ndim != 2 or 0 in neighbours.shape or not 0 <= neighbours.min() <= neighbours.max() < len(neighbours):
+        raise ValueError(f"neighbours: expected codes in 0..K - 1 of shape (K, n), got {describe(neighbours)}")
     K, n = neighbours.shape
     graph = torch.zeros(K, K, dtype=torch.float64, device=neighbours.device).scatter(1, neighbours, 1.0)
     rate = (graph + graph.T) / (2 * n)

@@ -49,6 +49,21 @@ def check_num_grains(num_grains: int) -> None:
     check_whole("num_grains", num_grains, 1, MOST_GRAINS)
 
 
+def check_cells(cells: Any) -> tuple[int, int]:
+    """(Hc, Wc), both at least 1."""
+    if not isinstance(cells, tuple | list) or len(cells) != 2:
+        raise TypeError(f"cells: expected two whole numbers (Hc, Wc), got {describe(cells)}")
+    for size in cells:
+        check_whole("cells", size, 1)
+    return cells[0], cells[1]
+
+
+def check_packed(packed: Any) -> None:
+    """The four parts of Packed; what each is, is looked at elsewhere."""
+    if not isinstance(packed, tuple) or len(packed) != len(Packed._fields):
+        raise TypeError(f"packed: expected what pack returns, {', '.join(Packed._fields)}, got {describe(packed)}")
+
+
 def check_grains(grains: Any) -> None:
     """(B, Hc, Wc) int64, at least one cell."""
     if not isinstance(grains, Tensor) or grains.dtype != torch.int64:
@@ -172,8 +187,7 @@ def unpack(packed: Packed, grains: Tensor, *, num_grains: int = 2) -> Tensor:
         ValueError: shapes or devices that do not fit; more tokens than the fine grid has positions. In checked mode
             a code covered twice or not at all, a position or grain out of range, naming image and cell.
     """
-    if not isinstance(packed, tuple) or len(packed) != len(Packed._fields):
-        raise TypeError(f"packed: expected what pack returns, {', '.join(Packed._fields)}, got {describe(packed)}")
+    check_packed(packed)
     values, cu_seqlens, positions, grain_ids = packed
     _check_values(values, (1, 2), "(T,) or (T, D)")
     check_grains(grains)
@@ -235,11 +249,7 @@ def position_mask(
     check_int64("grain_ids", grain_ids, positions.shape, "(B, L)")
     check_int64("grain", grain, positions.shape[:1], "(B,)")
     check_num_grains(num_grains)
-    if not isinstance(cells, tuple | list) or len(cells) != 2:
-        raise TypeError(f"cells: expected two whole numbers (Hc, Wc), got {describe(cells)}")
-    Hc, Wc = cells
-    check_whole("cells", Hc, 1)
-    check_whole("cells", Wc, 1)
+    Hc, Wc = check_cells(cells)
     least = Hc * Wc * 4 ** (num_grains - 1) + 3
     vocab_size = least if vocab_size is None else vocab_size
     check_whole("vocab_size", vocab_size, 0)

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vqfast.ops.checks import check_device, check_int64, checking, describe
-from vqfast.ops.packing import Packed, check_num_grains
+from vqfast.ops.checks import check_device, check_indices, check_int64, check_whole, checking, describe
+from vqfast.ops.packing import Packed, check_cells, check_num_grains, check_packed
 
 
 class Special(NamedTuple):
@@ -58,17 +58,22 @@ def to_padded(
         G pairs, the coarsest grain first.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes or sizes that do not fit.
+        TypeError, ValueError: dtypes, shapes or sizes that do not fit, a code that is none.
     """
+    check_packed(packed)
     values, cu_seqlens, positions, grain_ids = packed
+    Hc, Wc = check_cells(cells)
     check_num_grains(num_grains)
+    check_whole("codebook_size", codebook_size, 1)
     check_int64("packed.values", values, positions.shape, "(T,)")
+    # A code beyond K would be read as a special token.
+    check_indices(values, codebook_size, name="packed.values")
     check_device("packed.values", values, cu_seqlens=cu_seqlens, positions=positions, grain_ids=grain_ids)
     B, T, bounds = cu_seqlens.shape[0] - 1, values.shape[0], cu_seqlens.long()
     image = torch.searchsorted(bounds[1:].contiguous(), torch.arange(T, device=values.device), right=True)
     content_tokens, segments = special_tokens(codebook_size), []
     for g in range(num_grains):
-        size = cells[0] * cells[1] * 4**g
+        size = Hc * Wc * 4**g
         position_tokens, length = special_tokens(size), size + 1 + sos
         member = (grain_ids == g) & (image < B)
         # Tokens of this grain before each token of the batch, and before each image.
@@ -128,7 +133,7 @@ def from_padded(segments: Sequence[Any], *, cells: tuple[int, int]) -> tuple[Pac
     Raises:
         TypeError, ValueError: dtypes, shapes or sizes that do not fit.
     """
-    num_grains, (Hc, Wc) = len(segments), cells
+    num_grains, (Hc, Wc) = len(segments), check_cells(cells)
     check_num_grains(num_grains)
     contents, positions, grain_ids, owners = [], [], [], []
     for g, (content, position) in enumerate(segments):

@@ -318,6 +318,7 @@ def test_wrong_configurations_are_refused(options, message):
         (dict(grains=torch.zeros(2, 4, 8, dtype=torch.int64)), ValueError, "grains.*: expected shape"),
         (dict(label=None), ValueError, "label.*: missing"),
         (dict(label=torch.tensor([0, 3])), ValueError, "labels: expected values in 0..2"),
+        (dict(label=torch.tensor([0, -1])), ValueError, "labels: expected values in 0..2 .the model knows no sample"),
     ],
 )
 def test_a_batch_that_does_not_fit_is_refused(change, error, message):

@@ -164,7 +164,12 @@ def test_the_configuration_goes_through_json_and_back():
         (dict(), dict(n=0), "n: expected a whole number, at least 1, got 0"),
         (dict(), dict(n=2, labels=1), "labels: expected None"),
         (dict(num_classes=3, class_dropout=0.0), dict(n=2), "labels: missing"),
-        (dict(num_classes=3), dict(n=2, labels=3), "labels: expected values in 0..2"),
+        (dict(num_classes=3), dict(n=2, labels=3), "labels: expected values in 0..2, or -1 for no class"),
+        (
+            dict(num_classes=3, class_dropout=0.0),
+            dict(n=2, labels=-1),
+            "labels: expected values in 0..2 .the model knows",
+        ),
         (dict(num_classes=3, class_dropout=0.0), dict(n=2, labels=1, guidance_scale=2.0), "guidance_scale: expected 1"),
         (dict(), dict(n=2, top_p=0.0), "top_p: expected a share"),
         (dict(), dict(n=2, batch_size=0), "batch_size: expected at least 1"),

@@ -84,8 +84,8 @@ def level_features(t: Tensor, T: int, dim: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
-def check_labels(labels: Tensor, batch: int, num_classes: int | None) -> None:
-    """Raise unless `labels` are (batch,) int64 in -1..num_classes-1; values are checked on the CPU only."""
+def check_labels(labels: Tensor, batch: int, num_classes: int | None, *, or_none: bool = True) -> None:
+    """Raise unless `labels` are (batch,) int64 in 0..num_classes-1, or -1 with `or_none`; values on the CPU only."""
     if num_classes is None:
         raise ValueError(f"labels: expected None, this model has no classes, got {describe(labels)}")
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
@@ -95,14 +95,16 @@ def check_labels(labels: Tensor, batch: int, num_classes: int | None) -> None:
     # Reading values of another device's tensor would wait for it; a traced graph must not branch on them.
     if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
         low, high = (int(v) for v in labels.aminmax())
-        if low < NO_CLASS or high >= num_classes:
-            raise ValueError(
-                f"labels: expected values in 0..{num_classes - 1}, or {NO_CLASS} for no class, got {low}..{high}"
-            )
+        if low < (NO_CLASS if or_none else 0) or high >= num_classes:
+            none = f", or {NO_CLASS} for no class" if or_none else " (the model knows no sample without a class)"
+            raise ValueError(f"labels: expected values in 0..{num_classes - 1}{none}, got {low}..{high}")
 
 
-def batch_labels(batch: Mapping[str, Tensor], num_classes: int | None) -> Tensor | None:
+def batch_labels(batch: Mapping[str, Tensor], num_classes: int | None, *, or_none: bool = True) -> Tensor | None:
     """Labels of a training batch, checked; None for a model without classes, which has no use for them.
+
+    Args:
+        or_none: whether -1, for no class, may be among them.
 
     Raises:
         TypeError, ValueError: labels that the model needs are missing, or other than (B,) int64 in range.
@@ -112,7 +114,7 @@ def batch_labels(batch: Mapping[str, Tensor], num_classes: int | None) -> Tensor
     labels = batch.get("label")
     if labels is None:
         raise ValueError(f'batch["label"]: missing, but the model has {num_classes} classes; expected (B,) int64')
-    check_labels(labels, len(batch["codes"]), num_classes)
+    check_labels(labels, len(batch["codes"]), num_classes, or_none=or_none)
     return labels
 
 
@@ -138,7 +140,7 @@ def sampling_labels(
         return None
     if isinstance(labels, int):
         labels = torch.full((n,), labels, device="cpu")  # where values can be looked at
-    check_labels(labels, n, num_classes)
+    check_labels(labels, n, num_classes, or_none=class_dropout > 0)
     return labels.to(device)
 
 

@@ -245,7 +245,7 @@ class DQTransformer(nn.Module):
                 raise ValueError(
                     f'batch["{name}"]: expected values in 0..{size - 1}, got {values.min()}..{values.max()}'
                 )
-        labels = batch_labels(batch, c.num_classes)
+        labels = batch_labels(batch, c.num_classes, or_none=c.class_dropout > 0)
         if labels is not None and self.training and c.class_dropout > 0:
             labels = drop_labels(labels, c.class_dropout)
         return codes, grains, labels

@@ -1,9 +1,11 @@
 """What `VectorQuantize` promises beyond the convention of vector-quantize-pytorch: codes that stay alive."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
-from vqfast.nn import VectorQuantize, accumulate_codebooks
+from vqfast.nn import ResidualVQ, VectorQuantize, accumulate_codebooks
 
 
 @pytest.fixture(autouse=True)
@@ -418,6 +420,29 @@ def test_a_training_step_reads_nothing_back_from_the_device(options, nothing_rea
 def test_the_test_above_sees_a_read(read, nothing_read_back):
     with pytest.raises(AssertionError, match="host"), nothing_read_back():
         read(torch.randn(5))
+
+
+@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize("shared", [None, False, True])
+def test_a_codebook_that_is_updated_by_hand_waits_for_it(manual, shared):
+    """Whether passes are taken one by one, or several as one step; alone, or as stages of a ResidualVQ."""
+    options = dict(codebook_size=16, manual_ema_update=manual)
+    vq = VectorQuantize(8, **options)
+    if shared is not None:
+        vq = ResidualVQ(dim=8, num_quantizers=3, shared_codebook=shared, **options)
+    layer = vq if shared is None else vq.layers[0]
+    for together in (False, True):
+        before, averages = layer.codebook.clone(), layer.embed_avg.clone()
+        with accumulate_codebooks(vq) if together else nullcontext():
+            vq(torch.randn(30, 8))
+        assert not torch.equal(layer.embed_avg, averages)
+        assert torch.equal(layer.codebook, before) == manual
+
+
+def test_a_weight_of_one_pass_is_refused_where_several_make_a_step():
+    vq = VectorQuantize(8, 16)
+    with pytest.raises(ValueError, match="^ema_update_weight: expected None inside"), accumulate_codebooks(vq):
+        vq(torch.randn(30, 8), ema_update_weight=torch.ones(16))
 
 
 def test_input_without_gradient_leaves_that_of_projections_and_codes_alone():

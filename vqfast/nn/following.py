@@ -43,6 +43,7 @@ class FollowingCodebook(nn.Module):
         self.register_load_state_dict_pre_hook(rename_codebook)
         self.register_load_state_dict_post_hook(FollowingCodebook._after_load)
         self.accumulating = False
+        self.written_by_owner = False  # who calls `update_ema` where stages share the codebook
         self._turn = (0, 1)
         self._pending: Tensor | None = None
 
@@ -64,11 +65,13 @@ class FollowingCodebook(nn.Module):
         """
         if self._pending is not None:
             packed, self._pending = self._pending, None
-            self._step(packed, None, self.ema_update)
+            self._step(packed, None, self.ema_update and not self.manual_ema_update)
 
     @property
     def usage(self) -> Tensor:
-        """Share of the codes chosen in the last 100 training batches: scalar float32 on the device."""
+        """Share of the codes chosen in the last 100 training batches, 1 of a codebook that training leaves as it is:
+        scalar float32 on the device.
+        """
         return (self.idle < USAGE_WINDOW).float().mean()
 
     @property
@@ -90,6 +93,8 @@ class FollowingCodebook(nn.Module):
 
         z: (..., d); indices: (...), -1 where masked; both with H where there are heads. weights: (...) without H.
         """
+        if self.accumulating and ema_update_weight is not None:
+            raise ValueError("ema_update_weight: expected None inside accumulate_codebooks, got one for a single pass")
         if not self.ema_update and self.threshold_ema_dead_code == 0 and not self.learnable_codebook:
             return
         if weights is not None:
@@ -110,7 +115,8 @@ class FollowingCodebook(nn.Module):
             self._pending = packed
             return
         self._pending = None
-        self._step(packed, ema_update_weight, self.ema_update and not self.manual_ema_update)
+        writes = self.ema_update and not self.manual_ema_update and not self.written_by_owner
+        self._step(packed, ema_update_weight, writes)
 
     @torch.no_grad()
     def _step(

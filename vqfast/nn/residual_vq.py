@@ -100,11 +100,9 @@ class ResidualVQ(nn.Module):
         self.project_out: nn.Module = nn.Linear(codebook_dim, dim) if self.has_projections else nn.Identity()
         own = sizes[:1] if shared_codebook else sizes
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
-        # A shared codebook is written after the last stage: it must not move between one search and the next.
-        manual = options.pop("manual_ema_update", False)
-        self._writes_codebook = shared_codebook and not manual
-        options["manual_ema_update"] = shared_codebook or manual
         self.layers = nn.ModuleList(VectorQuantize(dim=codebook_dim, codebook_size=K, **options) for K in own)
+        # A shared codebook is written after the last stage: it must not move between one search and the next.
+        self.layers[0].written_by_owner = shared_codebook
         self._seeds = DropoutSeeds()
         self.register_load_state_dict_pre_hook(drop_copies)
 
@@ -235,7 +233,8 @@ class ResidualVQ(nn.Module):
         """Whether it is this call's part to write a shared codebook."""
         layer = self.layers[0]
         frozen = layer.freeze_codebook if freeze_codebook is None else freeze_codebook
-        return self._writes_codebook and self.training and not frozen and layer.ema_update and not layer.accumulating
+        moves = self.training and not frozen and layer.ema_update and not layer.accumulating
+        return moves and layer.written_by_owner and not layer.manual_ema_update
 
     @torch.compiler.disable(reason="quantiser dropout draws the number of stages on the host")
     def _kept_stages(self, seed: int | None) -> int:

@@ -254,3 +254,11 @@ def test_a_code_out_of_range_is_named():
 def test_a_bound_over_more_steps_than_levels_is_refused():
     with pytest.raises(ValueError, match=r"steps: expected a whole number in 1\.\.12"):
         process().elbo(random_denoiser(), torch.zeros(2, 3, dtype=torch.int64), steps=13)
+
+
+def test_what_is_printed_says_what_is_trained():
+    assert repr(process()) == (
+        f"DiscreteDiffusion(Uniform(codebook_size={K}, T={T}), rule='joint', parameterisation='x0', "
+        "time_sampling='uniform', weighting='elbo')"
+    )
+    assert "aux_weight=0.1 (adaptive)" in repr(process(aux_weight=0.1, aux_schedule="adaptive"))

@@ -437,3 +437,9 @@ def test_weights_and_temperature_reach_every_stage():
     for layer in vq.layers:
         torch.testing.assert_close(layer.cluster_size, torch.full((16,), 0.8))
     torch.testing.assert_close(vq.codebooks, before, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_printed_says_what_the_stages_share():
+    shown = repr(ResidualVQ(**SIZES, shared_codebook=True, use_cosine_sim=True))
+    assert "dim=6, num_quantizers=4, shared_codebook=True\n" in shown
+    assert "dim=6, codebook_size=16, decay=0.8, use_cosine_sim=True\n" in shown

@@ -167,6 +167,19 @@ def test_counts_saved_as_float_load():
     assert torch.equal(seen.thresholds, loaded.thresholds)
 
 
+@pytest.mark.parametrize(
+    ("router", "shown"),
+    [
+        (EntropyRouter(8, (0.3,)), "EntropyRouter(patch_size=8, shares=(0.3,), per='dataset')"),
+        (EntropyRouter(8, thresholds=(1.5,)), "EntropyRouter(patch_size=8, shares=(0.5,), thresholds=(1.5,))"),
+        (RandomRouter((0.3, 0.3)), "RandomRouter(shares=(0.3, 0.3))"),
+        (FixedRouter(1), "FixedRouter(grain=1, grains=2)"),
+    ],
+)
+def test_a_printed_router_says_how_it_chooses(router, shown):
+    assert repr(router) == shown
+
+
 def test_flat_images_route():
     router = EntropyRouter(16, per="image")
     assert (code_lengths(router(None, torch.zeros(2, 3, 64, 64)).grains) == 40).all()

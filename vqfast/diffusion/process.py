@@ -304,6 +304,13 @@ class DiscreteDiffusion(nn.Module):
         total = self.elbo(denoiser, x0, labels, steps=steps, generator=generator).total
         return total / (x0.shape[1] * math.log(2))
 
+    def extra_repr(self) -> str:
+        aux = f", aux_weight={self.aux_weight} ({self.aux_schedule})" if self.aux_weight else ""
+        return (
+            f"{self.transition}, rule={self.rule!r}, parameterisation={self.parameterisation!r}, "
+            f"time_sampling={self.time_sampling!r}, weighting={self.weighting!r}{aux}"
+        )
+
 
 @contextmanager
 def accumulate_history(model: nn.Module) -> Iterator[None]:

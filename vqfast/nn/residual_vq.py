@@ -244,6 +244,11 @@ class ResidualVQ(nn.Module):
         multiple = self.quantize_dropout_multiple_of
         return min(-(-kept // multiple) * multiple, self.num_quantizers)
 
+    def extra_repr(self) -> str:
+        shared = ", shared_codebook=True" if self.shared_codebook else ""
+        dropout = ", quantize_dropout=True" if self.quantize_dropout else ""
+        return f"dim={self.dim}, num_quantizers={self.num_quantizers}{shared}{dropout}"
+
     def _output(self, total: Tensor, vectors: Tensor, mask: Tensor | None) -> Tensor:
         """Sum of codes (B, ..., codebook_dim) to the layout, channels and dtype of the input (B, ..., D)."""
         if self.has_projections:

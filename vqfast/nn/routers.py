@@ -192,6 +192,10 @@ class EntropyRouter(nn.Module):
             grains = torch.bucketize(entropy.double(), self.thresholds)
         return Routing(grains, None, entropy)
 
+    def extra_repr(self) -> str:
+        by = f"per={self.per!r}" if self.fixed_thresholds is None else f"thresholds={self.fixed_thresholds}"
+        return f"patch_size={self.patch_size}, shares={self.shares}, {by}"
+
 
 @contextmanager
 def accumulate_entropies(model: nn.Module) -> Iterator[None]:
@@ -236,6 +240,9 @@ class RandomRouter(nn.Module):
 
     forward = decide
 
+    def extra_repr(self) -> str:
+        return f"shares={self.shares}"
+
 
 class FixedRouter(nn.Module):
     """The same grain everywhere: codes of fixed length.
@@ -259,6 +266,9 @@ class FixedRouter(nn.Module):
         return Routing(torch.full_like(scores, self.grain, dtype=torch.int64), None, scores)
 
     forward = decide
+
+    def extra_repr(self) -> str:
+        return f"grain={self.grain}, grains={self.grains}"
 
 
 def straight_through_gate(logits: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -417,4 +417,5 @@ class VectorQuantize(FollowingCodebook):
     def extra_repr(self) -> str:
         learned = "learnable" if self.learnable_codebook else f"decay={self.decay}"
         heads = f"heads={self.heads}, " if self.heads > 1 else ""
-        return f"dim={self.dim}, codebook_size={self.codebook_size}, {heads}{learned}"
+        cosine = ", use_cosine_sim=True" if self.use_cosine_sim else ""
+        return f"dim={self.dim}, codebook_size={self.codebook_size}, {heads}{learned}{cosine}"

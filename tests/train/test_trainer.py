@@ -137,3 +137,18 @@ def test_learning_rate_rises_then_falls_along_a_cosine():
 def test_settings_out_of_range_are_named(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         TrainConfig(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (dict(device="cuda:1"), ValueError, "device: expected one of auto, cpu, got 'cuda:1'"),
+        (dict(precision="fp8"), ValueError, "precision: expected one of fp32, bf16, fp16, got 'fp8'"),
+        (dict(sharding="fsdp"), ValueError, "sharding: expected one of none, full, got 'fsdp'"),
+        (dict(steps=10.5), TypeError, "steps: expected a whole number, got 10.5"),
+        (dict(accumulation=0), ValueError, "accumulation: expected at least 1, got 0"),
+    ],
+)
+def test_ways_to_train_that_there_are_not_are_named(change, error, words):
+    with pytest.raises(error, match=words):
+        TrainConfig(**change)

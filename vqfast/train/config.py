@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,12 @@ class TrainConfig:
     """Write what TensorBoard shows, in RUN/tensorboard; --no-tensorboard does not."""
 
     def __post_init__(self):
+        for name, hint in get_type_hints(TrainConfig).items():
+            choices, value = get_args(hint), getattr(self, name)
+            if choices and value not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+            if hint is int and (not isinstance(value, int) or isinstance(value, bool)):
+                raise TypeError(f"{name}: expected a whole number, got {value!r}")
         for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")

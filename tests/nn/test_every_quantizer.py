@@ -150,6 +150,15 @@ def test_quantiser_dropout_is_drawn_on_the_host_whatever_the_default_device():
     assert quantized.is_meta and indices.shape == (2, 5, 3)
 
 
+@pytest.mark.parametrize("name", EVERY_STEP)
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
+def test_loading_does_nothing_on_the_meta_device(name):
+    with torch.device("meta"):
+        quantiser = EVERY_STEP[name]()
+    quantiser.load_state_dict(EVERY_STEP[name]().state_dict())
+    assert all(value.is_meta for value in quantiser.state_dict().values())
+
+
 def test_an_empty_first_batch_leaves_k_means_to_the_next():
     vq, x = EVERY_STEP["cosine"](), torch.randn(64, 8)
     vq(x[:0])

@@ -48,7 +48,8 @@ class FollowingCodebook(nn.Module):
         self._pending: Tensor | None = None
 
     def _after_load(self, incompatible_keys) -> None:
-        self._initialised = bool(self.initialised)
+        if not self.initialised.is_meta:  # where loading does nothing
+            self._initialised = bool(self.initialised)
 
     @torch.no_grad()
     def update_ema(self) -> None:

@@ -32,6 +32,7 @@ struct SearchMemory {
     Scratch scratch(base);
     state = scratch.take<SearchState>(1);
     codes.centre = scratch.take<float>(D);
+    codes.row_centre = scratch.take<float>(D);
     codes.factors = scratch.take<double>(K);
     codes.codes = scratch.take<float>(plan.padded_features * plan.padded_codes);
     codes.bias = scratch.take<float>(plan.padded_codes);
@@ -72,7 +73,7 @@ void by_float32(Launcher &launch, const SearchMemory &memory, vqfast_metric metr
   launch(x.stride_feature == 1 ? nearest_scores<T, false> : nearest_scores<T, true>,
          search_scores_plan(plan, launch.limits()), metric, x, N, (int)D, memory.codes, memory.state, plan.row_tiles,
          (int)plan.code_tiles, (int)plan.parts.tiles_per_split, memory.leaders);
-  launch(nearest_certify, tokens_plan(N, launch.limits()), exact, N, D, plan.parts.splits, memory.leaders, memory.state,
+  launch(nearest_certify, tokens_plan(N, launch.limits()), metric, exact, N, D, plan.parts.splits, memory.leaders, memory.state,
          memory.open, found);
 }
 
@@ -110,10 +111,10 @@ void nearest(Launcher &launch, Scores wanted, vqfast_metric metric, int exact, c
   const SearchPlan &plan = memory.plan;
   const LaunchPlan exact_plan = {(unsigned)plan.exact_blocks, 1, kSearchThreads, 0};
   launch.zero(memory.state, sizeof *memory.state);
-  launch(nearest_centre<T>, each_plan(D, 32, 256), metric, codebook, K, D, memory.codes.centre, memory.state);
   if (metric != VQFAST_L2) launch(nearest_row_size<T>, each_plan(1, 1, 256), x, N, D, memory.state);
   if (metric == VQFAST_COSINE)
-    launch(nearest_factors<T>, items_plan(K, 8, 256, limits), codebook, K, D, memory.codes.factors);
+    launch(nearest_factors<T>, items_plan(K, 8, 256, limits), codebook, K, D, memory.codes.factors, memory.state);
+  launch(nearest_centre<T>, each_plan(D, 32, 256), metric, codebook, K, D, memory.codes, memory.state);
   launch(nearest_codes<T>, each_plan(plan.padded_codes, 32, 256), metric, codebook, K, D, plan.padded_features,
          memory.codes, memory.state);
   if (memory.scores != Scores::float32)

@@ -50,7 +50,7 @@ __global__ void nearest_choose(vqfast_metric metric, int exact, Rows<T> x, int64
                                SearchState *state, OpenRows open, Found found, int64_t *reranked) {
   const int lane = threadIdx.x % 32;
   const int64_t warps = (int64_t)gridDim.x * (blockDim.x / 32);
-  const double scale_codes = scale_of<double>(state->code_size), slack = slack_of(metric);
+  const double scale_codes = comparison_scale(metric, *state), slack = slack_of(metric);
   for (int64_t i = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; i < n; i += warps) {
     const int64_t row_number = first + i;
     int64_t &index = found.indices[row_number * found.step];

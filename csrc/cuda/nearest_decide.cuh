@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kSearchThreads, 1)
   const int64_t blocks_per_part = (code_blocks + parts - 1) / parts;
   const int thread = threadIdx.x;
   const typename ScaleOf<T>::type scale = row_scale<T>(metric, *state);
-  const double scale_c = scale_of<double>(state->code_size), slack = slack_of(metric);
+  const double scale_c = comparison_scale(metric, *state), slack = slack_of(metric);
 
   for (int64_t item = blockIdx.x; item < rows * parts; item += gridDim.x) {
     const int64_t entry = item / parts, part = item % parts;
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kSearchThreads, 1)
       for (int64_t d0 = 0; d0 < D; d0 += kSearchThreads) {
         __syncthreads();
         if (d0 + thread < D)
-          row[thread] = centred(x.data[from + (d0 + thread) * x.stride_feature], codes.centre[d0 + thread], scale);
+          row[thread] = centred(x.data[from + (d0 + thread) * x.stride_feature], codes.row_centre[d0 + thread], scale);
         __syncthreads();
         const int count = D - d0 < kSearchThreads ? (int)(D - d0) : kSearchThreads;
         if (k < K)

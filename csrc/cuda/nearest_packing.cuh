@@ -12,8 +12,6 @@ struct TensorFacts {
   int rounded, exact, residual;
 };
 
-__device__ __forceinline__ float rounded_up(double v) { return (float)(v * (1 + 0x1p-20)); }
-
 // Squared, of one vector: as packed, before it was rounded, of the difference.
 struct TensorNorms {
   double rounded, exact, residual;
@@ -59,10 +57,10 @@ __global__ void nearest_tensor_codes(vqfast_metric metric, const T *codebook, in
   const int64_t k = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
   if (k >= padded_codes) return;
   const bool taken = codes.bias[k] != kNever;
-  const double factor = metric != VQFAST_COSINE ? scale_of<T>(state->code_size) : taken ? codes.factors[k] : 0;
+  const double scale = scale_of<T>(state->code_size), factor = taken ? codes.factor(metric, k) : 0;
   const TensorNorms norms = pack_vector(
       out, k, D,
-      [&](int d) { return taken ? ((double)widen(codebook[k * D + d]) - (double)codes.centre[d]) * factor : 0; },
+      [&](int d) { return taken ? centred_code(widen(codebook[k * D + d]), factor, codes.centre[d], scale) : 0; },
       [&](int i) { return out.with_bias && i < 3 ? bias_piece(codes.bias[k], i) : 0; });
   if (threadIdx.x % 32 != 0 || !taken) return;
   atomicMax(&facts->rounded, __float_as_int(rounded_up(sqrt(norms.rounded))));
@@ -74,7 +72,7 @@ __global__ void nearest_tensor_codes(vqfast_metric metric, const T *codebook, in
 // where float32 rounds, and keep fewer bits while they align what they add: u is 2^-22 here. A bias in three pieces is
 // three products more, in size together less than 1.01 times the bias.
 __device__ inline double tensor_error_bound(vqfast_metric metric, int64_t D, const TensorNorms &row,
-                                            const TensorFacts &facts) {
+                                            const TensorFacts &facts, double unit_error) {
   constexpr double u = 0x1p-22;
   const double steps = (double)D + 24, gamma = steps * u / (1 - steps * u);
   const double x = sqrt(row.rounded), rest = sqrt(row.residual);
@@ -84,9 +82,9 @@ __device__ inline double tensor_error_bound(vqfast_metric metric, int64_t D, con
   const double half_square = metric == VQFAST_L2 ? 0.505 * exact * exact : 0;
   const double sums = gamma * (x * rounded + half_square);   // [products], [bias], [sum]
   const double inputs = rest * exact + x * residual;         // [inputs]
-  // Unit codes are rounded in float64 before they are packed.
-  const double units = metric == VQFAST_COSINE ? (steps + 8) * 0x1p-53 * (x + rest) : 0;
-  return (sums + inputs + units) * (1 + 1e-6) + 0x1p-118 * steps * (1 + x + exact);
+  const double units = unit_error * (x + rest);              // [units]
+  const double bound = (sums + inputs + units) * (1 + 1e-6) + 0x1p-118 * steps * (1 + x + exact);
+  return bound < 1e37 ? bound : INFINITY;  // as a float its double is finite
 }
 
 // A warp a row of the n from `first` on. reach: how far below the best of its scores that of its nearest code can lie,
@@ -100,10 +98,11 @@ __global__ void nearest_tensor_rows(vqfast_metric metric, int exact, Rows<T> x, 
   for (int64_t i = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; i < n; i += warps) {
     const T *row = x.data + x.offset(first + i);
     const TensorNorms norms = pack_vector(
-        out, i, D, [&](int d) { return ((double)widen(row[d * x.stride_feature]) - (double)codes.centre[d]) * scale; },
+        out, i, D,
+        [&](int d) { return ((double)widen(row[d * x.stride_feature]) - (double)codes.row_centre[d]) * scale; },
         [&](int i) { return out.with_bias && i < 3 ? 1.0f : 0; });
     if (threadIdx.x % 32 != 0) continue;
-    const double bound = tensor_error_bound(metric, D, norms, *facts);
+    const double bound = tensor_error_bound(metric, D, norms, *facts, __int_as_float(state->unit_error));
     reach[i] = !(bound < INFINITY) ? NAN : exact ? rounded_up(2 * bound) : 0;
   }
 }

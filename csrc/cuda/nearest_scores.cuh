@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kSearchThreads, kSearchBlocksPerMultiprocessor
         if (d < D)
           x_next[i] =
               centred(x_from[kAlongRows ? i * feature_step * x.stride_feature : offsets[load_row + i * row_step]],
-                      codes.centre[d], *scale);
+                      codes.row_centre[d], *scale);
       }
       c_next = *reinterpret_cast<const float4 *>(c_from);
       c_from += kTileFeatures * codes.pitch;
@@ -183,17 +183,19 @@ __global__ void __launch_bounds__(kSearchThreads, kSearchBlocksPerMultiprocessor
 // X = ||x^||, C = max ||c^_k||, rounded up; u = 2^-24, gamma_n = n u / (1 - n u). Each product x^_d c^_kd carries the
 // roundings of its two factors [centring], at most D of the multiply-add chain [products] and that of [sum]: with one
 // more for taking X and C of rounded vectors, gamma_{D+4} sum |x^_d c^_kd| <= gamma_{D+4} X C. The other term of the
-// score carries [bias], [sum] and the float64 roundings of the norm: gamma_3 C^2 / 2. What underflows adds at most
-// 2^-149 an operation.
-__device__ inline double score_error_bound(int64_t D, float squared_norm, float largest_norm) {
+// score, which distances have, carries [bias], [sum] and the float64 roundings of the norm: gamma_3 C^2 / 2. Codes of unit
+// length are rounded before they are centred: X unit_error [units]. What underflows adds at most 2^-149 an operation.
+__device__ inline double score_error_bound(vqfast_metric metric, int64_t D, float squared_norm,
+                                           const SearchState &state) {
   constexpr double u = 0x1p-24;
   const double steps = (double)D + 4;
   if (steps * u > 0.5) return INFINITY;
   const double gamma = steps * u / (1 - steps * u);
   // squared_norm is itself a float32 chain of D steps.
-  const double X = sqrt((double)squared_norm / (1 - gamma) + steps * 0x1p-149), C = largest_norm;
+  const double X = sqrt((double)squared_norm / (1 - gamma) + steps * 0x1p-149), C = __int_as_float(state.largest_norm);
   if (!(X * C + C * C < 1e37)) return INFINITY;
-  return (gamma * X * C + 3.1 * u * 0.5 * C * C) * (1 + 1e-6) + 0x1p-140 * steps * (1 + X + C);
+  const double half_square = metric == VQFAST_L2 ? 0.5 * C * C : 0, units = X * __int_as_float(state.unit_error);
+  return (gamma * X * C + 3.1 * u * half_square + units) * (1 + 1e-6) + 0x1p-140 * steps * (1 + X + C);
 }
 
 // Rows that the scores leave open.
@@ -210,9 +212,8 @@ struct Found {
 };
 
 // One thread a row: joins the parts of the codebook, then writes the index or leaves the row open.
-static __global__ void nearest_certify(int exact, int64_t N, int64_t D, int64_t splits, Leaders leaders,
-                                       SearchState *state, OpenRows open, Found found) {
-  const float largest_norm = __int_as_float(state->largest_norm);
+static __global__ void nearest_certify(vqfast_metric metric, int exact, int64_t N, int64_t D, int64_t splits,
+                                       Leaders leaders, SearchState *state, OpenRows open, Found found) {
   for (int64_t n = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; n < N; n += (int64_t)gridDim.x * blockDim.x) {
     int64_t &index = found.indices[n * found.step];
     if (found.mask != nullptr && !found.mask[n * found.step]) {
@@ -229,7 +230,7 @@ static __global__ void nearest_certify(int exact, int64_t N, int64_t D, int64_t 
       index = is_finite(best) ? code : 0;
       continue;
     }
-    const double bound = score_error_bound(D, leaders.squared_norm[n], largest_norm);
+    const double bound = score_error_bound(metric, D, leaders.squared_norm[n], *state);
     // False as well where anything is NaN or infinite.
     if (is_finite(best) && (double)best - (double)second > 2 * bound) {
       index = code;

@@ -2,11 +2,11 @@
 
 The score of a code is s = X.C - |C|^2 / 2 for distances, with X = r (x - mu) and C = r (c - mu); mu is one float32
 vector near the middle of the codebook, so that a common offset costs no precision, and r a power of two that brings the
-deviations near 1. For products it is X.C with X = r_x x, each row with a power of two of its own, and C = r c; for
-cosines C = c / |c|. The search kernel computes s in float32, keeps the best and the second best, and bounds its own
-error by B (see `_bound`). A best that leads by more than 2 B is the nearest code of the real numbers; where it does
-not, the kernel writes -1 and the decide kernel compares all codes in twice float64
-(csrc/include/exact_distance.h).
+deviations near 1. For products it is X.C with X = r_x x, each row with a power of two of its own, and the same C, for
+x.mu is one number for all codes; for cosines c / |c| stands for c. The prepare kernel computes C in float64 and rounds
+it once. The search kernel computes s in float32, keeps the best and the second best, and bounds its own error by B (see
+`_bound`). A best that leads by more than 2 B is the nearest code of the real numbers; where it does not, the kernel
+writes -1 and the decide kernel compares all codes in twice float64 (csrc/include/exact_distance.h).
 """
 
 import torch
@@ -21,7 +21,7 @@ _BLOCK_N, _BLOCK_K, _BLOCK_D, _WARPS = 64, 64, 16, 4
 _SAMPLES = 32
 _UNIT_ROUNDOFF = 2.0**-24
 _METRICS = {"l2": 0, "dot": 1, "cosine": 2}
-_L2, _COSINE = tl.constexpr(0), tl.constexpr(2)
+_L2, _DOT, _COSINE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # Squares of cosines closer than this, relative to themselves, tie.
 _EQUAL_COSINES = tl.constexpr(2.0**-96)
 
@@ -32,23 +32,29 @@ _HUGE = tl.constexpr(1e37)
 _HUGE_HALF_NORM = tl.constexpr(1e38)
 
 
-def _bound(D: int) -> tuple[float, float]:
-    """(p, q) of the bound B = p |x - mu| C + q C^2 on the error of a float32 score, C = max |c - mu|.
+def _bound(D: int) -> tuple[float, float, float]:
+    """(p, q, e) of the bound B on the error of a float32 score, C = max |c - mu|.
 
-    With u the unit roundoff and g_m = m u / (1 - m u), the bound of m roundings in any order:
-        x - mu and c - mu rounded to float32           2 u |x - mu| C
+    B = p |x - mu| C + q C^2 for distances, p |x| C for products, p |x| C + e r |x| for cosines. With u the unit
+    roundoff and g_m = m u / (1 - m u), the bound of m roundings in any order:
+        x - mu or x, and c - mu, rounded to float32    2 u |x - mu| C
         D products and their sum, fused or not         g_D |x - mu| C
         the half norm rounded from float64             u C^2 / 2
         the subtraction of the half norm               u (|x - mu| C + C^2 / 2)
-        cosines: the factor 1 / |c|, and c times it    u |x| C more than above
-    g_(D+8) holds the D + 4 of them and the rounding of B itself; |x - mu| comes from a float32 sum of squares, hence
+        cosines: c / |c| and r (c / |c| - mu) in float64, off by less than (D + 8) 2^-53 r
+    g_(D+8) holds the D + 3 of them and the rounding of B itself; |x - mu| comes from a float32 sum of squares, hence
     the factor 1 + g. A hundredth more covers products of the above and underflow (_TINY).
     """
     m = (D + 8) * _UNIT_ROUNDOFF
     if m >= 0.5:
-        return float("inf"), float("inf")
+        return (float("inf"),) * 3
     g = m / (1 - m)
-    return 1.01 * g * (1 + g), 1.01 * _UNIT_ROUNDOFF
+    return 1.01 * g * (1 + g), 1.01 * _UNIT_ROUNDOFF, 1.01 * (D + 8) * 2.0**-53
+
+
+def _most(dtype: torch.dtype) -> int:
+    """The largest exponent of a scale: float32 holds no larger power of two, and its rows are multiplied in it."""
+    return 1000 if dtype == torch.float64 else 120
 
 
 @triton.jit
@@ -61,23 +67,61 @@ def _power_of_two(largest, MOST: tl.constexpr):
 
 
 @triton.jit
-def _centre(values, mean, scale):
-    """scale (values - mean) as float32: one rounding of the difference, whatever the dtype of the values."""
-    if values.dtype == tl.float64:
-        return ((values - mean.to(tl.float64)) * scale.to(tl.float64)).to(tl.float32)
-    else:
-        return (values.to(tl.float32) - mean) * scale.to(tl.float32)
+def _vectors(row, d, inside, D, stride_d):
+    return tl.load(
+        row[:, None] + d[None, :].to(tl.int64) * stride_d, mask=inside[:, None] & (d < D)[None, :], other=0.0
+    )
+
+
+@triton.jit
+def _rows(x_row, d, inside, D, stride_d, mean_ptr, scale, METRIC: tl.constexpr):
+    """X as float32: one rounding, of the difference for distances, whatever the dtype of the rows."""
+    x = _vectors(x_row, d, inside, D, stride_d)
+    if x.dtype != tl.float64:
+        x = x.to(tl.float32)
+    if METRIC == _L2:
+        x -= tl.load(mean_ptr + d, mask=d < D, other=0.0)[None, :]
+    return (x * scale[:, None].to(x.dtype)).to(tl.float32)
+
+
+@triton.jit
+def _unit_length(code_row, inside, D, METRIC: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What the values of each code are multiplied by, one after the other, for unit length: a power of two and the
+    inverse of a norm, 0 for a zero code and for one that is not finite. 1 and 1 but for cosines."""
+    power, inverse = tl.full((BLOCK_K,), 1.0, tl.float64), tl.full((BLOCK_K,), 1.0, tl.float64)
+    if METRIC == _COSINE:
+        largest, square = tl.zeros((BLOCK_K,), tl.float64), tl.zeros((BLOCK_K,), tl.float64)
+        for start in range(0, D, BLOCK_D):
+            values = _vectors(code_row, start + tl.arange(0, BLOCK_D), inside, D, 1).to(tl.float64)
+            largest = tl.maximum(largest, tl.max(tl.abs(values), 1))
+        power = _power_of_two(largest, 1000)
+        for start in range(0, D, BLOCK_D):
+            values = _vectors(code_row, start + tl.arange(0, BLOCK_D), inside, D, 1).to(tl.float64) * power[:, None]
+            square += tl.sum(values * values, 1)
+        inverse = tl.where(square > 0, 1 / tl.sqrt(tl.where(square > 0, square, 1.0)), 0.0)
+    return power, inverse
+
+
+@triton.jit
+def _sampled(row, d, inside, D, power, inverse):
+    """Which values of the sampled codes are finite, these values, and their mean as float32."""
+    values = _vectors(row, d, inside, D, 1).to(tl.float64) * power[:, None] * inverse[:, None]
+    finite = (tl.abs(values) < float("inf")) & (inside & (inverse > 0))[:, None] & (d < D)[None, :]
+    values = tl.where(finite, values, 0.0)
+    mean = (tl.sum(values, 0) / tl.maximum(tl.sum(finite.to(tl.float64), 0), 1.0)).to(tl.float32)
+    return finite, values, tl.where(tl.abs(mean) < float("inf"), mean, 0.0)
 
 
 @triton.jit(do_not_specialize=["K", "samples", "sample_step"])
 def _prepare_kernel(
     codebook_ptr,
     mean_ptr,
-    scale_ptr,
-    factor_ptr,
+    facts_ptr,
+    codes_ptr,
     half_norm_ptr,
     K,
     D,
+    pitch,
     samples,
     sample_step,
     METRIC: tl.constexpr,
@@ -86,100 +130,67 @@ def _prepare_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """mu, r, and for each code what its values are multiplied by and |C|^2 / 2: +inf for one that holds a NaN or an
-    infinity, which no search can choose."""
-    code = (tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+    """mu, C, and |C|^2 / 2: +inf beyond K and for a code that holds a NaN or an infinity, which no search can choose.
+    Facts: r; for products the largest magnitude in a code that can be chosen, 0 before."""
     sample = tl.arange(0, SAMPLES)
+    sample_row, sample_inside = codebook_ptr + sample.to(tl.int64) * sample_step * D, sample < samples
+    power, inverse = _unit_length(sample_row, sample_inside, D, METRIC, SAMPLES, BLOCK_D)
     widest = tl.full((), 0.0, tl.float64)
     # Every program takes the same mean and the same scale, to the bit; the first one stores them for the search.
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        inside = (sample < samples)[:, None] & (d < D)[None, :]
-        sampled = tl.load(
-            codebook_ptr + (sample.to(tl.int64) * sample_step)[:, None] * D + d[None, :], mask=inside, other=0.0
-        ).to(tl.float64)
-        finite = tl.abs(sampled) < float("inf")
-        sampled = tl.where(finite, sampled, 0.0)
-        mean = (tl.sum(sampled, 0) / samples).to(tl.float32)
-        mean = tl.where((tl.abs(mean) < float("inf")) & (METRIC == _L2), mean, 0.0)
-        deviation = tl.where(finite & inside, tl.abs(sampled - mean.to(tl.float64)[None, :]), 0.0)
+        finite, values, mean = _sampled(sample_row, d, sample_inside, D, power, inverse)
+        deviation = tl.where(finite, tl.abs(values - mean.to(tl.float64)[None, :]), 0.0)
         widest = tl.maximum(widest, tl.max(tl.max(deviation, 1), 0))
         if tl.program_id(0) == 0:
             tl.store(mean_ptr + d, mean, mask=d < D)
     scale = _power_of_two(widest, MOST)
     if tl.program_id(0) == 0:
-        tl.store(scale_ptr, scale)
+        tl.store(facts_ptr, scale)
 
+    code = (tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+    code_row, inside = codebook_ptr + code * D, code < K
+    own_power, own_inverse = _unit_length(code_row, inside, D, METRIC, BLOCK_K, BLOCK_D)
     broken = tl.zeros((BLOCK_K,), tl.int32)
-    own = tl.zeros((BLOCK_K,), tl.float64)
-    if METRIC == _COSINE:
-        for start in range(0, D, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            values = tl.load(
-                codebook_ptr + code[:, None] * D + d[None, :], mask=(code < K)[:, None] & (d < D)[None, :], other=0.0
-            ).to(tl.float64)
-            own = tl.maximum(own, tl.max(tl.abs(values), 1))
-        own = _power_of_two(own, 1000)
-    else:
-        own += scale
-    square = tl.zeros((BLOCK_K,), tl.float64)
+    largest, square = tl.zeros((BLOCK_K,), tl.float64), tl.zeros((BLOCK_K,), tl.float64)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
-        sampled = tl.load(
-            codebook_ptr + (sample.to(tl.int64) * sample_step)[:, None] * D + d[None, :],
-            mask=(sample < samples)[:, None] & (d < D)[None, :],
-            other=0.0,
-        ).to(tl.float64)
-        sampled = tl.where(tl.abs(sampled) < float("inf"), sampled, 0.0)
-        mean = (tl.sum(sampled, 0) / samples).to(tl.float32)
-        mean = tl.where((tl.abs(mean) < float("inf")) & (METRIC == _L2), mean, 0.0)
-        values = tl.load(
-            codebook_ptr + code[:, None] * D + d[None, :],
-            mask=(code < K)[:, None] & (d < D)[None, :],
-            other=0.0,
-        ).to(tl.float64)
+        _, _, mean = _sampled(sample_row, d, sample_inside, D, power, inverse)
+        values = _vectors(code_row, d, inside, D, 1).to(tl.float64)
         broken = tl.maximum(broken, tl.max(tl.where(tl.abs(values) < float("inf"), 0, 1), 1))
-        difference = (values - mean.to(tl.float64)[None, :]) * own[:, None]
-        difference = tl.where((code < K)[:, None] & (d < D)[None, :], difference, 0.0)
-        square += tl.sum(difference * difference, 1)
+        largest = tl.maximum(largest, tl.max(tl.abs(values), 1))
+        values = values * own_power[:, None] * own_inverse[:, None]
+        present = inside[:, None] & (d < D)[None, :]
+        centred = tl.where(present, (values - mean.to(tl.float64)[None, :]) * scale, 0.0)
+        square += tl.sum(centred * centred, 1)
+        tl.store(codes_ptr + code[:, None] * pitch + d[None, :], centred.to(tl.float32), mask=(d < pitch)[None, :])
+    # With such a norm nothing is certain.
     half_norm = tl.where(square < 2 * _HUGE_HALF_NORM, 0.5 * square, _HUGE_HALF_NORM)
-    factor = own
-    if METRIC == _COSINE:
-        factor = tl.where(square > 0, own / tl.sqrt(tl.where(square > 0, square, 1.0)), 0.0)
-        # A factor beyond float32 would leave its code out: with such a norm nothing is certain.
-        usable = (factor < 1e37) & ((factor > 1e-37) | (square == 0))
-        half_norm = tl.where(usable, 0.50001, _HUGE_HALF_NORM)
-        factor = tl.where(usable, factor, 0.0)
-    half_norm = tl.where(broken > 0, float("inf"), half_norm)
-    tl.store(factor_ptr + code, factor, mask=code < K)
-    tl.store(half_norm_ptr + code, half_norm.to(tl.float32), mask=code < K)
-
-
-@triton.jit
-def _rows(x_row, d, inside, D, stride_d):
-    return tl.load(
-        x_row[:, None] + d[None, :].to(tl.int64) * stride_d, mask=inside[:, None] & (d < D)[None, :], other=0.0
-    )
+    half_norm = tl.where(inside & (broken == 0), half_norm, float("inf"))
+    tl.store(half_norm_ptr + code, half_norm.to(tl.float32))
+    if METRIC == _DOT:
+        tl.atomic_max(facts_ptr + 1, tl.max(tl.where(broken > 0, 0.0, largest), 0))
 
 
 @triton.jit(do_not_specialize=["N", "rows", "K"])
 def _search_kernel(
     x_ptr,
-    codebook_ptr,
     mean_ptr,
-    scale_ptr,
-    factor_ptr,
+    facts_ptr,
+    codes_ptr,
     half_norm_ptr,
     index_ptr,
     N,
     rows,
     K,
     D,
+    pitch,
     stride_b,
     stride_r,
     stride_d,
     bound_product,
     bound_square,
+    bound_unit,
     METRIC: tl.constexpr,
     EXACT: tl.constexpr,
     MOST: tl.constexpr,
@@ -194,21 +205,16 @@ def _search_kernel(
     feature = tl.arange(0, BLOCK_D)
 
     if METRIC == _L2:
-        scale = tl.broadcast_to(tl.load(scale_ptr), (BLOCK_N,))
+        scale = tl.broadcast_to(tl.load(facts_ptr), (BLOCK_N,))
     else:
         largest_value = tl.zeros((BLOCK_N,), tl.float64)
         for start in range(0, D, BLOCK_D):
-            x = _rows(x_row, start + feature, inside, D, stride_d)
+            x = _vectors(x_row, start + feature, inside, D, stride_d)
             largest_value = tl.maximum(largest_value, tl.max(tl.abs(x), 1).to(tl.float64))
         scale = _power_of_two(largest_value, MOST)
     square = tl.full((BLOCK_N,), _TINY, tl.float32)
     for start in range(0, D, BLOCK_D):
-        d = start + feature
-        x = _centre(
-            _rows(x_row, d, inside, D, stride_d),
-            tl.load(mean_ptr + d, mask=d < D, other=0.0)[None, :],
-            scale[:, None],
-        )
+        x = _rows(x_row, start + feature, inside, D, stride_d, mean_ptr, scale, METRIC)
         square += tl.sum(x * x, 1)
 
     best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
@@ -217,18 +223,15 @@ def _search_kernel(
     largest = tl.zeros((BLOCK_K,), tl.float32)
     for first in range(0, K, BLOCK_K):
         k = first + column
-        half_norm = tl.load(half_norm_ptr + k, mask=k < K, other=float("inf"))
+        half_norm = tl.load(half_norm_ptr + k)
         possible = half_norm < float("inf")
         largest = tl.maximum(largest, tl.where(possible, half_norm, 0.0))
-        code_row = codebook_ptr + k.to(tl.int64) * D
-        factor = tl.load(factor_ptr + k, mask=k < K, other=0.0)
+        code_row = codes_ptr + k.to(tl.int64) * pitch
         score = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         for start in range(0, D, BLOCK_D):
             d = start + feature
-            mean = tl.load(mean_ptr + d, mask=d < D, other=0.0)
-            x = _centre(_rows(x_row, d, inside, D, stride_d), mean[None, :], scale[:, None])
-            code = tl.load(code_row[None, :] + d[:, None], mask=(d < D)[:, None] & (k < K)[None, :], other=0.0)
-            code = _centre(code, mean[:, None], factor[None, :])
+            x = _rows(x_row, d, inside, D, stride_d, mean_ptr, scale, METRIC)
+            code = tl.load(code_row[None, :] + d[:, None])
             score = tl.dot(x, code, score, input_precision="ieee")
         if METRIC == _L2:
             score -= half_norm[None, :]
@@ -243,7 +246,11 @@ def _search_kernel(
     norm = tl.sqrt(square)
     radius = tl.sqrt(2 * tl.max(largest, 0) + _TINY)
     reach = norm * radius + radius * radius
-    bound = bound_product * norm * radius + bound_square * radius * radius
+    bound = bound_product * norm * radius
+    if METRIC == _L2:
+        bound += bound_square * radius * radius
+    if METRIC == _COSINE:
+        bound += bound_unit * tl.load(facts_ptr).to(tl.float32) * norm
     # False where the row holds a NaN or an infinity: it, too, is left to the decide kernel.
     if EXACT:
         index = tl.where((best - second > 2 * bound) & (reach < _HUGE), index, -1)
@@ -310,7 +317,7 @@ def _sum_of_row(high, low, WIDTH: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.co
 def _decide_kernel(
     x_ptr,
     codebook_ptr,
-    scale_ptr,
+    facts_ptr,
     index_ptr,
     rows,
     K,
@@ -327,7 +334,9 @@ def _decide_kernel(
     n = tl.program_id(0).to(tl.int64)
     if tl.load(index_ptr + n) < 0:
         x_row = x_ptr + (n // rows) * stride_b + (n % rows) * stride_r
-        scale = tl.load(scale_ptr)
+        scale = tl.load(facts_ptr)
+        if METRIC == _DOT:
+            scale = _power_of_two(tl.load(facts_ptr + 1), 1000)
         scale_x = scale
         if METRIC != _L2:
             largest = tl.full((), 0.0, tl.float64)
@@ -403,49 +412,60 @@ def _decide_kernel(
         tl.store(index_ptr + n, index.to(tl.int64))
 
 
-def search(x: Tensor, codebook: Tensor, metric: str = "l2", exact: bool = True) -> tuple[Tensor, Tensor]:
-    """First pass: the index of each row that it can prove, -1 for the others (none if not `exact`); and the scale."""
-    batch, rows, _ = x.shape
-    N, (K, D) = batch * rows, codebook.shape
-    mean = torch.empty(D, dtype=torch.float32, device=x.device)
-    scale = torch.empty(1, dtype=torch.float64, device=x.device)
-    factor = torch.empty(K, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
-    half_norm = torch.empty(K, dtype=torch.float32, device=x.device)
-    index = torch.empty(N, dtype=torch.int64, device=x.device)
+def prepare(codebook: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """mu, facts, C and |C|^2 / 2 of a codebook: what `_prepare_kernel` says. In whole tiles, which are read without
+    masks: C is (K, D) padded with zeros, the half norms are (K,) padded with +inf."""
+    K, D = codebook.shape
+    rows, pitch = triton.cdiv(K, _BLOCK_K) * _BLOCK_K, triton.cdiv(D, _BLOCK_D) * _BLOCK_D
+    mean = torch.empty(D, dtype=torch.float32, device=codebook.device)
+    facts = torch.zeros(2, dtype=torch.float64, device=codebook.device)
+    codes = torch.empty(rows, pitch, dtype=torch.float32, device=codebook.device)
+    half_norm = torch.empty(rows, dtype=torch.float32, device=codebook.device)
     sample_step = triton.cdiv(K, _SAMPLES)
-    # float32 holds no larger power of two; its rows and codes are multiplied in it.
-    common = dict(METRIC=_METRICS[metric], MOST=1000 if x.dtype == torch.float64 else 120)
-    _prepare_kernel[(triton.cdiv(K, 32),)](
+    _prepare_kernel[(triton.cdiv(rows, 32),)](
         codebook,
         mean,
-        scale,
-        factor,
+        facts,
+        codes,
         half_norm,
         K,
         D,
+        pitch,
         triton.cdiv(K, sample_step),
         sample_step,
-        **common,
+        METRIC=_METRICS[metric],
+        MOST=_most(codebook.dtype),
         SAMPLES=_SAMPLES,
         BLOCK_K=32,
-        BLOCK_D=64,
+        BLOCK_D=32,
+        num_warps=8,
         **FUSED,
     )
+    return mean, facts, codes, half_norm
+
+
+def search(x: Tensor, codebook: Tensor, metric: str = "l2", exact: bool = True) -> tuple[Tensor, Tensor]:
+    """First pass: the index of each row that it can prove, -1 for the others (none if not `exact`); and the facts."""
+    batch, rows, _ = x.shape
+    N, (K, D) = batch * rows, codebook.shape
+    mean, facts, codes, half_norm = prepare(codebook, metric)
+    index = torch.empty(N, dtype=torch.int64, device=x.device)
     _search_kernel[(triton.cdiv(N, _BLOCK_N),)](
         x,
-        codebook,
         mean,
-        scale,
-        factor,
+        facts,
+        codes,
         half_norm,
         index,
         N,
         rows,
         K,
         D,
+        codes.stride(0),
         *x.stride(),
         *_bound(D),
-        **common,
+        METRIC=_METRICS[metric],
+        MOST=_most(x.dtype),
         EXACT=exact,
         BLOCK_N=_BLOCK_N,
         BLOCK_K=_BLOCK_K,
@@ -453,7 +473,7 @@ def search(x: Tensor, codebook: Tensor, metric: str = "l2", exact: bool = True) 
         num_warps=_WARPS,
         **FUSED,
     )
-    return index, scale
+    return index, facts
 
 
 def nearest(
@@ -464,13 +484,13 @@ def nearest(
     if batch * rows == 0:
         return (torch.empty(size, dtype=torch.int64, device=x.device).zero_() for size in ((0,), ()))
     codebook = codebook.contiguous()
-    index, scale = search(x, codebook, metric, exact)
+    index, facts = search(x, codebook, metric, exact)
     if mask is not None:
         index.masked_fill_(~mask, 0)
     reranked = (index < 0).sum()
     if exact:
         _decide_kernel[(batch * rows,)](
-            x, codebook, scale, index, rows, codebook.shape[0], D, *x.stride(), METRIC=_METRICS[metric], BLOCK_K=32,
+            x, codebook, facts, index, rows, codebook.shape[0], D, *x.stride(), METRIC=_METRICS[metric], BLOCK_K=32,
             BLOCK_D=16, STEPS=4, **SEPARATE,
         )  # fmt: skip
     if mask is not None:

@@ -56,11 +56,83 @@ def the_bound_covers_the_error_of_float32_scores() -> None:
         true = (y[:, None] * z).sum(-1) - z.square().sum(-1) / 2
         half_norm = (z.square().sum(-1) / 2).float()
         score = (y.float()[:, None] * z.float()).cumsum(-1)[..., -1] - half_norm
-        product, square = _bound(D)
+        product, square, _ = _bound(D)
         radius = float(z.norm(dim=1).max())
         bound = product * y.norm(dim=1) * radius + square * radius**2
         error = (score.double() - true).abs().max(1).values
         assert bool((error < bound).all())
+
+
+def _far_codebooks(D: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """By metric, a codebook far from the origin and rows: codes of products have an offset, those of cosines a cone."""
+    x, codebook = torch.randn(40, D, generator=generator()), torch.randn(100, D, generator=generator(1))
+    axis = torch.randn(D, generator=generator(2))
+    return {"dot": (x, codebook + 1e4 * axis), "cosine": (x, 1e-4 * codebook + axis)}
+
+
+@promise("search")
+def codes_far_from_the_origin_are_told_apart_by_the_first_pass() -> None:
+    """Of products and cosines as of distances; and half of the codes that are not finite move no centre."""
+    from vqfast.kernels.nearest.reference import nearest
+    from vqfast.kernels.nearest.triton import search
+
+    for metric, (x, codebook) in _far_codebooks(24).items():
+        broken = codebook.clone()
+        broken[:16, 3], broken[16:32], broken[32:50, 0] = torch.inf, torch.nan, -torch.inf
+        for codes in (codebook, broken, codebook.double(), broken.double()):
+            rows = x.to(codes.dtype)
+            index, _ = search(rows[None], codes, metric)
+            decided = index >= 0
+            assert int((~decided).sum()) <= 2, f"{metric}, {codes.dtype}: {int(decided.sum())} of 40"
+            assert torch.equal(index[decided], nearest(rows, codes, metric=metric)[decided])
+
+
+@promise("search")
+def far_codes_that_tie_or_leave_a_range_are_found_exactly() -> None:
+    from vqfast.kernels.nearest.reference import nearest
+
+    for metric, (x, codebook) in _far_codebooks(6).items():
+        rows, codes = x[:4].clone(), codebook[:16].repeat(2, 1)
+        codes[17::2, 4] = torch.nextafter(codes[17::2, 4], torch.tensor(torch.inf))
+        codes[7], codes[9, 1], rows[3] = 0, torch.inf, 0
+        cases = [(rows.to(dtype), codes.to(dtype)) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+        cases += [(rows * scale, codes * scale) for scale in (1e-20, 1e18)]
+        cases += [(rows, codes[:1]), (rows[:, :1], codes[:, :1])]
+        # Deviations of 1e-250 from codes at 1e20; a code that no sample meets, far beyond the others; norms whose
+        # inverse is no normal number.
+        tiny = torch.cat([codes.double() * 1e-250, torch.full((32, 1), 1e20)], 1)
+        large = codebook[:40].double()
+        large[1] *= 1e300
+        cases += [(torch.nn.functional.pad(rows.double(), (0, 1)), tiny), (rows.double(), large)]
+        cases += [(rows.double(), codes.double() * scale) for scale in (1e-320, 1e303)]
+        for number, case in enumerate(cases):
+            got = ops.nearest_code(*case, metric=metric)
+            assert torch.equal(got, nearest(*case, metric=metric)), f"{metric}, case {number}"
+
+
+@promise("search")
+def prepared_codes_are_off_by_less_than_the_bound_takes_them_to_be() -> None:
+    """Against 64 bits of precision, also where centring leaves little of them. What lies beyond K and D is nothing."""
+    import numpy as np
+
+    from vqfast.kernels.nearest.triton import prepare
+
+    for D in (1, 7, 64):
+        noise = torch.randn(70, D, generator=generator(D), dtype=torch.float64)
+        for width in (10.0, 1e-7, 1e-12):
+            codebook = width * noise + torch.linspace(0.5, 2, D, dtype=torch.float64)
+            for metric in ("dot", "cosine"):
+                mean, facts, codes, half_norm = prepare(codebook, metric)
+                wide = codebook.numpy().astype(np.longdouble)
+                if metric == "cosine":
+                    wide /= np.sqrt((wide * wide).sum(1, keepdims=True))
+                scale = float(facts[0])
+                true = (wide - mean.numpy()) * scale
+                error = np.sqrt(((codes[:70, :D].numpy() - true) ** 2).sum(1)).astype(np.float64)
+                units = scale * (D + 8) * 2.0**-53 if metric == "cosine" else 0.0
+                norm = half_norm[:70].double().mul(2).sqrt().numpy()
+                assert (error <= units + norm * 2.0**-24 * 1.0001 + 1e-40).all(), (D, width, metric)
+                assert not codes[70:].any() and not codes[:, D:].any() and bool((half_norm[70:] == torch.inf).all())
 
 
 @promise("search")

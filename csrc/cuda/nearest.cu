@@ -73,8 +73,8 @@ void by_float32(Launcher &launch, const SearchMemory &memory, vqfast_metric metr
   launch(x.stride_feature == 1 ? nearest_scores<T, false> : nearest_scores<T, true>,
          search_scores_plan(plan, launch.limits()), metric, x, N, (int)D, memory.codes, memory.state, plan.row_tiles,
          (int)plan.code_tiles, (int)plan.parts.tiles_per_split, memory.leaders);
-  launch(nearest_certify, tokens_plan(N, launch.limits()), metric, exact, N, D, plan.parts.splits, memory.leaders, memory.state,
-         memory.open, found);
+  launch(nearest_certify, tokens_plan(N, launch.limits()), metric, exact, N, D, plan.parts.splits, memory.leaders,
+         memory.state, memory.open, found);
 }
 
 // The same, scores by tensor cores.

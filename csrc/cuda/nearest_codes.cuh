@@ -3,9 +3,9 @@
 // term in `score_error_bound` (nearest_scores.cuh).
 //
 // For distances u = s (x - m) and v_k = s (c_k - m), with a common centre m and a power of two s: the nearest code has
-// the largest score s_k = u . v_k - 1/2 ||v_k||^2. For products v_k is the same but u = r x, for x . m is the same for every
-// code, and the score is u . v_k; for cosines c_k / ||c_k|| stands for c_k. Products and cosines need the scale r of the
-// rows, cosines the norms of the codes: a kernel each.
+// the largest score s_k = u . v_k - 1/2 ||v_k||^2. For products v_k is the same but u = r x, for x . m is the same for
+// every code, and the score is u . v_k; for cosines c_k / ||c_k|| stands for c_k. Products and cosines need the scale r of
+// the rows, cosines the norms of the codes: a kernel each.
 #pragma once
 
 #include "device.cuh"
@@ -103,8 +103,8 @@ __device__ __forceinline__ float centred(bf16 v, float centre, float scale) { re
 __device__ __forceinline__ float centred(f16 v, float centre, float scale) { return (widen(v) - centre) * scale; }
 
 // Mean of up to 256 codes at even distances, of unit length for cosines, and the size of their largest deviation from it.
-// The values only tighten the bound: any centre and any power of two give a right result. A block of 32 x 8 threads for 32
-// features.
+// The values only tighten the bound: any centre and any power of two give a right result. A block of 32 x 8 threads for
+// 32 features.
 template <typename T>
 __global__ void nearest_centre(vqfast_metric metric, const T *codebook, int64_t K, int64_t D, CentredCodes codes,
                                SearchState *state) {

@@ -95,7 +95,7 @@ def test_compared_networks_keep_what_is_as_bright_all_over(channels):
 
 def test_comparing_writes_figures_and_pictures(folder, tmp_path):
     command = f"compare dqvae --data {folder}/images.npz --out {tmp_path}/out --image-size 16 --crop 16 --cell 4"
-    assert run(f"{command} --steps 2 --batch-size 2 --codebook-size 16 --held-out 4 --side 7") == 0
+    assert run(f"{command} --steps 2 --batch-size 2 --codebook-size 16 --held-out 4 --side 7 --device cpu") == 0
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     names = [row["name"] for row in found["results"]]
     assert names == [

@@ -12,7 +12,7 @@ import torch
 
 from vqfast.cli import run_command
 from vqfast.cli.encoding import encode
-from vqfast.cli.options import check_out
+from vqfast.cli.options import OnDevice, check_out, pick_device
 from vqfast.cli.sheets import COLUMNS
 from vqfast.data import open_dataset
 from vqfast.evaluate.classes import Reader
@@ -44,8 +44,8 @@ REAL_TEXT = "What the models learn from: 8x8 pixels, 16 levels of grey."
 CURVES_TEXT = "Lines: training batches (running median). Dots: held-out digits, which are never trained on."
 
 
-@dataclass
-class Demo:
+@dataclass(kw_only=True)
+class Demo(OnDevice):
     """Train on scikit-learn's handwritten digits, draw new ones, and write a report: a few minutes on a CPU."""
 
     out: Path = Path("runs/demo")
@@ -93,7 +93,8 @@ class Demo:
     def _commands(self) -> list[str]:
         out = shlex.quote(str(self.out))
         seed = f"--seed {self.seed}"
-        return [
+        device = "" if self.device == "auto" else f" --device {self.device}"
+        commands = [
             f"vqfast train vqvae --data digits --out {out}/vqvae --steps {self.vqvae_steps} --batch-size 64 "
             "--lr 2e-3 --warmup 50 --channels 32 --mults 1 2 --num-res-blocks 1 --dropout 0.1 "
             f"--codebook-size 128 --code-dim 16 --eval-every 100 --log-every 10 {seed}",
@@ -106,6 +107,7 @@ class Demo:
             f"vqfast inpaint {out}/vqddm --data digits --out {out}/inpainting --mask bottom -n 16 "
             f"--steps {self.sampling_steps} --guidance 1.5 {seed}",
         ]
+        return [command + device for command in commands]
 
     def _measure(self) -> tuple[list[Figure], dict[str, float]]:
         """The figures that have targets, and others."""
@@ -117,7 +119,7 @@ class Demo:
         inpainted = np.load(self.out / "inpainting" / "inpainting.npz")
         count, variations = inpainted["results"].shape[:2]
         results = inpainted["results"].reshape(count * variations, *data.images.shape[1:])
-        training_codes = encode(load_model(self.out / "vqvae", "vqvae"), data, "train")
+        training_codes = encode(load_model(self.out / "vqvae", "vqvae", pick_device(self.device)), data, "train")
         real = reader.agreement(data.images[unseen], data.labels[unseen])
         asked = reader.agreement(drawn["images"], drawn["labels"].astype(int))
         figures = [

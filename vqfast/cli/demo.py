@@ -24,6 +24,7 @@ from vqfast.train.metrics import METRICS_FILE
 from vqfast.train.runs import RUN_FILE, read_json, write_json
 
 SAMPLES = 200
+LEVELS = 100
 PICTURES = {
     "samples": (
         "Samples",
@@ -57,7 +58,7 @@ class Demo(OnDevice):
     vqddm_steps: int = 1000
     """Training steps of the VQ-DDM."""
     sampling_steps: int = 100
-    """Denoising steps of an image."""
+    """Denoising steps of an image, 1..100."""
     seed: int = 0
     """Of everything."""
 
@@ -71,6 +72,8 @@ class Demo(OnDevice):
             torch.set_num_threads(threads)
 
     def _execute(self) -> None:
+        if not 1 <= self.sampling_steps <= LEVELS:  # before minutes are spent on trainings
+            raise RunError(f"--sampling-steps: expected 1..{LEVELS}, the noise levels, got {self.sampling_steps}")
         started = time.perf_counter()
         if (self.out / RUN_FILE).exists():
             earlier = open_run(self.out, "demo").path
@@ -100,7 +103,7 @@ class Demo(OnDevice):
             f"--codebook-size 128 --code-dim 16 --eval-every 100 --log-every 10 {seed}",
             f"vqfast train vqddm --vqvae {out}/vqvae --data digits --out {out}/vqddm --steps {self.vqddm_steps} "
             "--batch-size 64 --lr 2e-3 --warmup 50 --ema-decay 0.99 --denoiser transformer --dim 64 --depth 4 "
-            f"--heads 4 --timesteps 100 --eval-every 100 --log-every 10 {seed}",
+            f"--heads 4 --timesteps {LEVELS} --eval-every 100 --log-every 10 {seed}",
             f"vqfast reconstruct {out}/vqvae --data digits --out {out}/reconstruction",
             f"vqfast sample {out}/vqddm --out {out}/samples -n {SAMPLES} --steps {self.sampling_steps} "
             f"--guidance 1.5 {seed}",

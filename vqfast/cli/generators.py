@@ -39,8 +39,14 @@ class Sampling:
     seed: int = 0
     """Of the noise."""
 
-    def arguments(self, draw: Callable, model: nn.Module, run: Path) -> dict[str, Any]:
+    def arguments(
+        self, draw: Callable, model: nn.Module, run: Path, levels: tuple[int, str] | None = None
+    ) -> dict[str, Any]:
         """The settings as arguments of a model's `draw`: its `sample`, `inpaint` or `interpolate`.
+
+        Args:
+            draw, model, run: the model is of this run.
+            levels: how many noise levels `draw` goes through, and which these are. Default: all of the model.
 
         Raises:
             RunError: one is out of range, or was given to a model that has no use for it.
@@ -59,7 +65,9 @@ class Sampling:
             if name not in taken:
                 raise RunError(f"--{name.replace('_', '-')}: the {kind_of(model)} in {run} has no such setting")
         if self.steps is not None:
-            given["steps"] = min(self.steps, model.config.T)
+            most, which = levels or (model.config.T, f"of {run}")
+            if not 1 <= self.steps <= most:
+                raise RunError(f"--steps: expected 1..{most}, the noise levels {which}, got {self.steps}")
         return {"guidance_scale": self.guidance, "temperature": self.temperature} | given
 
 

@@ -47,10 +47,9 @@ class Interpolate(Sampling, OnDevice, OfImages):
             raise RunError(f"{self.data}: expected at least 2 {self.split} images, got {len(chosen)}")
         pairs = chosen[: len(chosen) // 2 * 2].reshape(-1, 2)  # (n, 2)
         told = same_classes(data, self.run, classes, self.unconditional)
-        arguments = self.arguments(model.interpolate, model, self.run)
         level = max(round(self.level * model.config.T), 1)
-        if self.steps is not None:
-            arguments["steps"] = min(self.steps, level)
+        levels = level, f"of {self.run} up to --level {self.level:g}"
+        arguments = self.arguments(model.interpolate, model, self.run, levels)
 
         first, second = (codes_of(autoencoder, data.images[positions]) for positions in pairs.T)
         generator, frames = noise(self.seed, device), []

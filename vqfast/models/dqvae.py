@@ -231,8 +231,9 @@ class DQVAE(Adversarial):
                 router would soonest give more codes get them. Where a number cannot be reached (a finer grain adds 3,
                 12, ... codes) the image gets the largest below it.
             target_error: for each image the smallest number of codes with which the mean squared error of its
-                reconstruction (values clipped to [-1, 1]) is below this; all fine where none is. Found by bisection,
-                as if the error fell with each code.
+                reconstruction (values clipped to [-1, 1]) is below this. Found by bisection, as if the error fell with
+                each code. An image that stays above it with all cells fine gets these, and nothing is raised: its
+                `lengths` are fine_grid_size^2, and the error of `decode_codes` tells how far it came.
 
         Raises:
             ValueError: both targets, or one out of range.

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vqfast.models.batch import entry
 from vqfast.nn.autoencoder import Decoder, Encoder
 from vqfast.nn.blocks import GROUPS
 from vqfast.nn.vector_quantize import VectorQuantize
@@ -172,7 +173,8 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def evaluation_pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Images of a batch and what is left of them after the codes: each (B, C, H, W)."""
-        return {"image": batch["image"], "reconstruction": self.reconstruct(batch["image"])}
+        images = entry(batch, "image", self)
+        return {"image": images, "reconstruction": self.reconstruct(images)}
 
     def histograms(self) -> dict[str, Tensor]:
         """Moving-average count of each code, (K,), under "codebook"."""

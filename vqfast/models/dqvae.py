@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vqfast.models.adversarial import Adversarial, AdversarialConfig
 from vqfast.models.autoencoder import AutoencoderConfig, check_images, check_sizes, codebook_scalars
+from vqfast.models.batch import entry
 from vqfast.models.dqvae_networks import GrainEncoder, PositionalDecoder
 from vqfast.nn.perceptual import LPIPS
 from vqfast.nn.routers import (
@@ -269,9 +270,10 @@ class DQVAE(Adversarial):
     @torch.no_grad()
     def evaluation_pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Images of a batch, where their codes are, and what is left of them: each (B, C or 1, H, W)."""
-        codes = self.encode(batch["image"])
+        images = entry(batch, "image", self)
+        codes = self.encode(images)
         return {
-            "image": batch["image"],
+            "image": images,
             "grains": grain_pictures(codes.grains, self.config.grains, self.config.image_size),
             "reconstruction": self.decode_codes(codes),
         }

@@ -114,7 +114,9 @@ def _one_line(error: Exception) -> str:
     if _missing_extra(error):
         return f'{error.name} is not installed; install what this command needs: pip install "vqfast[train]"'
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename else text
+        if error.filename:
+            return f"{error.filename}: {error.strerror}"
+        return f"{error.strerror} (--debug shows where)" if error.strerror else text
     if isinstance(error, ValueError):
         return text
     return f"{type(error).__name__}: {text} (--debug shows where)"

@@ -55,6 +55,11 @@ class CompareDQVAE(OnDevice):
 
     def execute(self) -> None:
         check_out(self.out)
+        for name, least in (("steps", 1), ("batch_size", 1), ("held_out", 2)):
+            if getattr(self, name) < least:
+                raise DataError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise DataError(f"--lr: expected a number above 0, got {self.lr}")
         data = open_dataset(self.data, image_size=self.image_size)
         if self.crop > self.image_size:
             raise DataError(f"--crop: expected at most {self.image_size} pixels (--image-size), got {self.crop}")
@@ -67,6 +72,8 @@ class CompareDQVAE(OnDevice):
         players = contestants(self.networks(data.channels), self.side)
         seen = data.images[data.indices("train")]
         unseen = _crops(data.images[data.indices("held-out")], self.crop, self.held_out)
+        if len(unseen) < 2:
+            raise DataError(f"{self.data}: expected at least 2 held-out crops, got {len(unseen)}")
         images, results, outputs, grains = to_float(unseen), [], {}, {}
         bar = tqdm(total=len(players) * self.steps, unit="step")
         with bar:

@@ -72,7 +72,13 @@ class Demo(OnDevice):
             torch.set_num_threads(threads)
 
     def _execute(self) -> None:
-        if not 1 <= self.sampling_steps <= LEVELS:  # before minutes are spent on trainings
+        # Before minutes are spent on trainings.
+        for name in ("vqvae_steps", "vqddm_steps"):
+            if getattr(self, name) < 1:
+                raise RunError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise RunError(f"--seed: expected at least 0, got {self.seed}")
+        if not 1 <= self.sampling_steps <= LEVELS:
             raise RunError(f"--sampling-steps: expected 1..{LEVELS}, the noise levels, got {self.sampling_steps}")
         started = time.perf_counter()
         if (self.out / RUN_FILE).exists():

@@ -1,6 +1,6 @@
 """`vqfast evaluate`: every figure of a trained model, as one JSON file and one table."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -128,6 +128,11 @@ class Evaluate(VaryingLength, DynamicDecoding, OnDevice, OfImages):
         print(f"{text}\n{out}: measured a {kind}")
 
     def _autoencoder(self, device: torch.device, judges: Judges) -> tuple[ImageData, dict[str, Any] | None]:
+        sampling = [f for f in fields(DynamicDecoding) if f.name != "seed"]
+        given = [f.name for f in sampling if getattr(self, f.name) != f.default] + ["n"] * (self.n is not None)
+        if given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise RunError(f"{flags}: {self.run} is of an autoencoder, which draws no samples")
         autoencoder = load_autoencoder_of(self.run, device, self.checkpoint)
         targets = self.targets(self.run, kind_of(autoencoder))
         images, data = self._images(autoencoder)

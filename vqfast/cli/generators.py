@@ -1,6 +1,7 @@
 """Models of codes as commands load them, and how their samples are asked for."""
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from vqfast.cli.training import AUTOENCODER, DYNAMIC_AUTOENCODER
 from vqfast.data import ImageData
 from vqfast.models.registry import AUTOENCODERS, kind_of
 from vqfast.train import RunError, load_model, open_run
+from vqfast.train.runs import run_of
 
 # Runs that generate, and the folder in each that holds their autoencoder.
 GENERATORS = {"vqddm": AUTOENCODER, "raster_gpt": AUTOENCODER, "dq_transformer": DYNAMIC_AUTOENCODER}
@@ -54,6 +56,8 @@ class Sampling:
         # Before a bar is shown, and by the names that they have here.
         if not self.temperature > 0:
             raise RunError(f"--temperature: expected a number above 0, got {self.temperature}")
+        if not math.isfinite(self.guidance):
+            raise RunError(f"--guidance: expected a number, got {self.guidance}")
         if self.top_k is not None and self.top_k < 1:
             raise RunError(f"--top-k: expected at least 1, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -104,7 +108,7 @@ def load_generator(
     found = open_run(run)
     kinds = kinds or tuple(GENERATORS)
     if found.kind not in kinds:
-        raise RunError(f"{run}: holds a {found.kind} run, expected a {' or '.join(kinds)} run")
+        raise RunError(f"{run}: holds {run_of(found.kind)}, expected {run_of(*kinds)}")
     model = load_model(run, found.kind, device, checkpoint)
     classes = tuple(found.info.get("data", {}).get("classes", ())) if model.config.num_classes else ()
     folder = run / GENERATORS[found.kind]
@@ -122,8 +126,8 @@ def load_autoencoder_of(run: Path, device: torch.device, checkpoint: Literal["la
         run = run / GENERATORS[kind]
         kind = open_run(run).kind
     if kind not in (*AUTOENCODERS, DYNAMIC_AUTOENCODER):
-        expected = " or ".join((*AUTOENCODERS, DYNAMIC_AUTOENCODER, *GENERATORS))
-        raise RunError(f"{run}: holds a {kind} run, expected a {expected} run")
+        expected = run_of(*AUTOENCODERS, DYNAMIC_AUTOENCODER, *GENERATORS)
+        raise RunError(f"{run}: holds {run_of(kind)}, expected {expected}")
     return load_model(run, kind, device, checkpoint)
 
 

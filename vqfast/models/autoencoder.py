@@ -44,7 +44,9 @@ class AutoencoderConfig:
         # JSON gives lists back.
         object.__setattr__(self, "mults", tuple(self.mults))
         object.__setattr__(self, "attention_resolutions", tuple(self.attention_resolutions))
-        check_sizes(self, "in_channels", "channels", "num_res_blocks", "codebook_size", "code_dim")
+        check_sizes(self, "in_channels", "channels", "num_res_blocks", "norm_groups", "codebook_size", "code_dim")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: expected a share of at least 0, below 1, got {self.dropout}")
         if not self.mults or min(self.mults) < 1:
             raise ValueError(f"mults: expected at least one multiple of at least 1, got {self.mults}")
         if self.image_size < self.downsampling or self.image_size % self.downsampling:

@@ -29,7 +29,7 @@ REFUSED = [
     (f"train vqvae --data {{images}} {NEW} --norm-groups 0", "norm_groups: expected at least 1, got 0"),
     (f"train vqvae --data {{images}} {NEW} --dropout 2", "dropout: expected a share of at least 0, below 1, got 2"),
     (f"train vqgan --data {{images}} {NEW} --z-channels 0", "z_channels: expected at least 1, got 0"),
-    (f"train dqvae --data {{images}} {NEW} --shares 2", "shares: expected shares of the cells, of at most 1 together"),
+    (f"train dqvae --data {{images}} {NEW} --shares 2", "shares: expected numbers of at least 0 that sum to"),
     (
         "train vqddm --vqvae {runs}/vqvae --data {images} --denoiser transformer --heads 0",
         "heads: expected at least 1, got 0",
@@ -51,7 +51,7 @@ REFUSED = [
     (f"compare dqvae --data {{images}} {SMALL} --batch-size 0", "--batch-size: expected at least 1, got 0"),
     (f"compare dqvae --data {{images}} {SMALL} --held-out 1", "--held-out: expected at least 2, got 1"),
     (f"compare dqvae --data {{images}} {SMALL} --lr -1", "--lr: expected a number above 0, got -1.0"),
-    (f"compare dqvae --data {{images}} {SMALL} --budget-weight -1", "budget_weights: expected numbers of at least 0"),
+    (f"compare dqvae --data {{images}} {SMALL} --budget-weight -1", "budget_weights: expected at least 0"),
 ]
 
 

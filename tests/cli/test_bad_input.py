@@ -386,3 +386,13 @@ def test_words_that_it_does_not_know(refused, tmp_path, command):
 )
 def test_words_that_are_no_command(refused, tmp_path, words, message):
     assert message in refused(words, tmp_path)
+
+
+NOWHERE = ("convert taming", "convert vqddm", "convert dqvae", "runs", "report", "share", "presets", "doctor")
+
+
+@pytest.mark.parametrize("command", [command for command in TABLE if command not in NOWHERE])
+def test_every_command_that_computes_is_told_where(refused, tmp_path, command):
+    full = re.sub(r"{[\w:]+}", "x", TABLE[command])
+    message = refused(f"{command} {full} --device tpu", tmp_path)
+    assert "invalid choice 'tpu' for argument '--device'. Expected one of ('auto', 'cpu')" in message

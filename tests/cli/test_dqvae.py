@@ -57,6 +57,29 @@ def test_reconstructing_shows_where_the_codes_go(folder, tmp_path, options, code
         assert min(picture.size) > 100
 
 
+def test_an_error_that_cannot_be_reached_is_said(folder, tmp_path, capsys):
+    images = f"--data {folder}/images.npz --split all --device cpu"
+    model = load_model(folder / "run", "dqvae")
+    with np.load(folder / "images.npz") as data:
+        pixels = torch.from_numpy(data["images"]).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        finest = model.reconstruct(pixels, target_codes=256).clamp(-1, 1)
+    errors = (finest - pixels).square().mean(dim=(1, 2, 3)).sort().values
+    target = (errors[9] + errors[10]).item() / 2
+    for command in ("reconstruct", "evaluate"):
+        capsys.readouterr()
+        assert run(f"{command} {folder}/run {images} --target-error {target} --out {tmp_path}/{command}") == 0
+        said = capsys.readouterr().err.splitlines()
+        assert said[-1] == (
+            f"vqfast: --target-error {target:g} cannot be reached for 20 of 30 images: with all codes that they can "
+            f"have their errors are {errors[10]:.3g} to {errors[-1]:.3g}"
+        )
+        metrics = json.loads((tmp_path / command / "metrics.json").read_text())
+        assert metrics["target_missed"] == 20 and metrics["codes_most"] == 256
+    assert run(f"reconstruct {folder}/run {images} --target-error 9 --out {tmp_path}/easy") == 0
+    assert "target-error" not in capsys.readouterr().err
+
+
 def test_what_does_not_fit_is_one_line(folder, tmp_path, capsys):
     out = f"--data {folder}/images.npz --out {tmp_path}/out"
     assert run(f"reconstruct {folder}/run {out} --target-codes 10") == 2
@@ -95,7 +118,7 @@ def test_compared_networks_keep_what_is_as_bright_all_over(channels):
 
 def test_comparing_writes_figures_and_pictures(folder, tmp_path):
     command = f"compare dqvae --data {folder}/images.npz --out {tmp_path}/out --image-size 16 --crop 16 --cell 4"
-    assert run(f"{command} --steps 2 --batch-size 2 --codebook-size 16 --held-out 4 --side 7") == 0
+    assert run(f"{command} --steps 2 --batch-size 2 --codebook-size 16 --held-out 4 --side 7 --device cpu") == 0
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     names = [row["name"] for row in found["results"]]
     assert names == [

@@ -206,7 +206,13 @@ def test_interpolation_goes_from_one_image_to_the_other(runs, images, tmp_path):
     ("command", "message"),
     [
         ("sample {runs}/vqddm --grid 2 8", "grid: expected at least the model's, (4, 4), got (2, 8)"),
-        ("sample {runs}/vqddm --steps 0", "steps: expected a whole number"),
+        ("sample {runs}/vqddm --steps 0", "--steps: expected 1..10, the noise levels of"),
+        ("sample {runs}/vqddm --steps 11", "vqddm, got 11"),
+        ("sample {runs}/vqddm --steps 11 --decoding confidence", "--steps: expected 1..10, the noise levels of"),
+        ("inpaint {runs}/vqddm --data {images} --steps 11", "--steps: expected 1..10, the noise levels of"),
+        ("evaluate {runs}/vqddm --data {images} --steps 11", "--steps: expected 1..10, the noise levels of"),
+        ("interpolate {runs}/vqddm --data {images} --level 0.3 --steps 4", "--steps: expected 1..3, the noise levels"),
+        ("demo --sampling-steps 101", "--sampling-steps: expected 1..100, the noise levels, got 101"),
         ("sample {runs}/vqddm --top-k 0", "--top-k: expected at least 1"),
         ("sample {runs}/vqddm --temperature 0", "--temperature: expected a number above 0"),
         (

@@ -8,6 +8,7 @@ from vqfast.evaluate.dynamic_codes import FixedGrid, Result, compare, contestant
 from vqfast.evaluate.figures import FINE, draw_grains
 from vqfast.models.dqvae import DQVAEConfig
 
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 CONFIG = DQVAEConfig(
     image_size=16,
     channels=32,
@@ -41,7 +42,8 @@ def test_a_verdict_needs_two_standard_errors(one, other, verdict, wins):
     assert claim.deviation == pytest.approx(difference.std(ddof=1) / 3**0.5, abs=1e-6)
 
 
-def test_all_are_compared_at_one_number_of_codes():
+@pytest.mark.parametrize("device", DEVICES)
+def test_all_are_compared_at_one_number_of_codes(device):
     torch.manual_seed(0)
     players = contestants(CONFIG, side=7)
     assert [player.codes for player in players] == [16, 49, 64, 49, 49, 49]
@@ -49,14 +51,28 @@ def test_all_are_compared_at_one_number_of_codes():
     images = torch.rand(3, 3, 16, 16) * 2 - 1
     for player in players:
         ticks = []
-        model = fit(player.make(), data, 16, 1, 2, 1e-3, 0, lambda ticks=ticks: ticks.append(1))
+        model = fit(player.make().to(device), data, 16, 1, 2, 1e-3, 0, lambda ticks=ticks: ticks.append(1))
         found, output, grains = measure(player, model, images)
         assert len(ticks) == 1 and output.shape == images.shape
         assert found.lengths.tolist() == [player.codes] * 3
         assert isinstance(model, FixedGrid) == (grains is None)
+        assert output.is_cpu and next(model.parameters()).device.type == device
         expected = (output.clamp(-1, 1) - images).square().mean(dim=(1, 2, 3))
         torch.testing.assert_close(found.errors, expected)
         assert [n for n, _ in found.curve] == list(player.target_codes)
+
+
+def test_a_network_is_trained_where_it_is():
+    class Seen(torch.nn.Linear):
+        def training_step(self, batch, step):
+            assert batch["image"].device == self.weight.device
+            return {"loss": self(batch["image"]).sum()}
+
+        def part_parameters(self, part):
+            return list(self.parameters())
+
+    images = np.zeros((2, 4, 4, 1), dtype=np.uint8)
+    fit(Seen(4, 1, device="meta"), images, 4, 2, 2, 1e-3, 0, lambda: None)
 
 
 def test_a_fixed_grid_has_as_many_codes_as_it_says():

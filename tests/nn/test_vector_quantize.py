@@ -1,5 +1,6 @@
 """What `VectorQuantize` promises beyond the convention of vector-quantize-pytorch: codes that stay alive."""
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -490,3 +491,35 @@ def test_low_precision_input_meets_float32_projections():
     (quantized.float().sum() + loss).backward()
     assert quantized.dtype == x.grad.dtype == torch.bfloat16 and loss.dtype == torch.float32
     assert torch.equal(vq.eval()(x)[1], vq(x.float())[1])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("options", [{}, {"heads": 2, "separate_codebook_per_head": True}, {"use_cosine_sim": True}])
+def test_a_vector_that_is_not_finite_does_not_spoil_the_averages(bad, options):
+    torch.manual_seed(0)
+    vq = VectorQuantize(dim=4, codebook_size=8, **options).train()
+    x = torch.randn(1, 64, 4)
+    vq(x)
+    spoilt = x.clone()
+    spoilt[0, 3] = bad
+    before, other = vq.cluster_size.clone(), copy.deepcopy(vq)
+    indices, loss = vq(spoilt)[1:]
+    assert (indices[0, 3] == 0).all() and not loss.isfinite()
+    assert vq.codebook.isfinite().all() and vq.embed_avg.isfinite().all() and vq.cluster_size.isfinite().all()
+    # Of code 0 nothing was counted; the others counted what they would have without the vector.
+    other(torch.cat([x[:, :3], x[:, 4:]], dim=1))
+    torch.testing.assert_close(vq.embed_avg[..., 1:, :], other.embed_avg[..., 1:, :])
+    torch.testing.assert_close(vq.cluster_size[..., 0], before[..., 0] * vq.decay)
+
+
+def test_no_code_is_revived_by_a_vector_that_is_not_finite():
+    torch.manual_seed(0)
+    vq = VectorQuantize(dim=4, codebook_size=64, threshold_ema_dead_code=2).train()
+    before = vq.codebook.clone()
+    vq(torch.full((1, 64, 4), torch.nan))
+    torch.testing.assert_close(vq.codebook, before)
+    mixed = torch.randn(1, 64, 4)
+    mixed[0, ::2] = torch.inf
+    vq(mixed)
+    assert vq.codebook.isfinite().all() and vq.embed_avg.isfinite().all()
+    assert (vq.codebook.abs() > 0.1).any(dim=-1).sum() >= 30, "the other half of the vectors revives codes"

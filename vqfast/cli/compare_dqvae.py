@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from vqfast.cli.options import check_out
+from vqfast.cli.options import OnDevice, check_out, pick_device
 from vqfast.data import DataError, open_dataset, to_float, to_uint8
 from vqfast.evaluate.claims import Claim, table
 from vqfast.evaluate.dynamic_codes import Result, compare, contestants, fit, measure
@@ -19,8 +19,8 @@ from vqfast.train.runs import write_json
 SHOWN = 12
 
 
-@dataclass
-class CompareDQVAE:
+@dataclass(kw_only=True)
+class CompareDQVAE(OnDevice):
     """Measure whether dynamic codes beat as many fixed ones, and routed grains random ones, on crops of your images."""
 
     data: str
@@ -55,6 +55,11 @@ class CompareDQVAE:
 
     def execute(self) -> None:
         check_out(self.out)
+        for name, least in (("steps", 1), ("batch_size", 1), ("held_out", 2)):
+            if getattr(self, name) < least:
+                raise DataError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise DataError(f"--lr: expected a number above 0, got {self.lr}")
         data = open_dataset(self.data, image_size=self.image_size)
         if self.crop > self.image_size:
             raise DataError(f"--crop: expected at most {self.image_size} pixels (--image-size), got {self.crop}")
@@ -63,16 +68,20 @@ class CompareDQVAE:
         if self.cell < 2 or self.cell & (self.cell - 1) or self.crop % self.cell:
             expected = f"expected a power of two above 1 that divides the crop of {self.crop}"
             raise ValueError(f"cell: {expected}, got {self.cell}")
+        device = pick_device(self.device)
         players = contestants(self.networks(data.channels), self.side)
         seen = data.images[data.indices("train")]
         unseen = _crops(data.images[data.indices("held-out")], self.crop, self.held_out)
+        if len(unseen) < 2:
+            raise DataError(f"{self.data}: expected at least 2 held-out crops, got {len(unseen)}")
         images, results, outputs, grains = to_float(unseen), [], {}, {}
         bar = tqdm(total=len(players) * self.steps, unit="step")
         with bar:
             for player in players:
                 bar.set_description(player.name)
                 torch.manual_seed(self.seed)
-                model = fit(player.make(), seen, self.crop, self.steps, self.batch_size, self.lr, self.seed, bar.update)
+                model = player.make().to(device)
+                fit(model, seen, self.crop, self.steps, self.batch_size, self.lr, self.seed, bar.update)
                 result, outputs[player.name], grains[player.name] = measure(player, model, images)
                 results.append(result)
         found = {result.name: result for result in results}

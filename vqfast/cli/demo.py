@@ -12,7 +12,7 @@ import torch
 
 from vqfast.cli import run_command
 from vqfast.cli.encoding import encode
-from vqfast.cli.options import check_out
+from vqfast.cli.options import OnDevice, check_out, pick_device
 from vqfast.cli.sheets import COLUMNS
 from vqfast.data import open_dataset
 from vqfast.evaluate.classes import Reader
@@ -24,6 +24,7 @@ from vqfast.train.metrics import METRICS_FILE
 from vqfast.train.runs import RUN_FILE, read_json, write_json
 
 SAMPLES = 200
+LEVELS = 100
 PICTURES = {
     "samples": (
         "Samples",
@@ -44,8 +45,8 @@ REAL_TEXT = "What the models learn from: 8x8 pixels, 16 levels of grey."
 CURVES_TEXT = "Lines: training batches (running median). Dots: held-out digits, which are never trained on."
 
 
-@dataclass
-class Demo:
+@dataclass(kw_only=True)
+class Demo(OnDevice):
     """Train on scikit-learn's handwritten digits, draw new ones, and write a report: a few minutes on a CPU."""
 
     out: Path = Path("runs/demo")
@@ -57,7 +58,7 @@ class Demo:
     vqddm_steps: int = 1000
     """Training steps of the VQ-DDM."""
     sampling_steps: int = 100
-    """Denoising steps of an image."""
+    """Denoising steps of an image, 1..100."""
     seed: int = 0
     """Of everything."""
 
@@ -71,6 +72,14 @@ class Demo:
             torch.set_num_threads(threads)
 
     def _execute(self) -> None:
+        # Before minutes are spent on trainings.
+        for name in ("vqvae_steps", "vqddm_steps"):
+            if getattr(self, name) < 1:
+                raise RunError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise RunError(f"--seed: expected at least 0, got {self.seed}")
+        if not 1 <= self.sampling_steps <= LEVELS:
+            raise RunError(f"--sampling-steps: expected 1..{LEVELS}, the noise levels, got {self.sampling_steps}")
         started = time.perf_counter()
         if (self.out / RUN_FILE).exists():
             earlier = open_run(self.out, "demo").path
@@ -93,19 +102,21 @@ class Demo:
     def _commands(self) -> list[str]:
         out = shlex.quote(str(self.out))
         seed = f"--seed {self.seed}"
-        return [
+        device = "" if self.device == "auto" else f" --device {self.device}"
+        commands = [
             f"vqfast train vqvae --data digits --out {out}/vqvae --steps {self.vqvae_steps} --batch-size 64 "
             "--lr 2e-3 --warmup 50 --channels 32 --mults 1 2 --num-res-blocks 1 --dropout 0.1 "
             f"--codebook-size 128 --code-dim 16 --eval-every 100 --log-every 10 {seed}",
             f"vqfast train vqddm --vqvae {out}/vqvae --data digits --out {out}/vqddm --steps {self.vqddm_steps} "
             "--batch-size 64 --lr 2e-3 --warmup 50 --ema-decay 0.99 --denoiser transformer --dim 64 --depth 4 "
-            f"--heads 4 --timesteps 100 --eval-every 100 --log-every 10 {seed}",
+            f"--heads 4 --timesteps {LEVELS} --eval-every 100 --log-every 10 {seed}",
             f"vqfast reconstruct {out}/vqvae --data digits --out {out}/reconstruction",
             f"vqfast sample {out}/vqddm --out {out}/samples -n {SAMPLES} --steps {self.sampling_steps} "
             f"--guidance 1.5 {seed}",
             f"vqfast inpaint {out}/vqddm --data digits --out {out}/inpainting --mask bottom -n 16 "
             f"--steps {self.sampling_steps} --guidance 1.5 {seed}",
         ]
+        return [command + device for command in commands]
 
     def _measure(self) -> tuple[list[Figure], dict[str, float]]:
         """The figures that have targets, and others."""
@@ -117,7 +128,7 @@ class Demo:
         inpainted = np.load(self.out / "inpainting" / "inpainting.npz")
         count, variations = inpainted["results"].shape[:2]
         results = inpainted["results"].reshape(count * variations, *data.images.shape[1:])
-        training_codes = encode(load_model(self.out / "vqvae", "vqvae"), data, "train")
+        training_codes = encode(load_model(self.out / "vqvae", "vqvae", pick_device(self.device)), data, "train")
         real = reader.agreement(data.images[unseen], data.labels[unseen])
         asked = reader.agreement(drawn["images"], drawn["labels"].astype(int))
         figures = [

@@ -1,6 +1,6 @@
 """`vqfast evaluate`: every figure of a trained model, as one JSON file and one table."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,6 +38,7 @@ FIGURES = {
     "codes_mean": ("codes an image, mean", ",.1f"),
     "codes_least": ("codes an image, least", ",d"),
     "codes_most": ("codes an image, most", ",d"),
+    "target_missed": ("images above the target error with the most codes", ",d"),
     "codebook_size": ("codebook size", ",d"),
     "codebook_usage": ("codebook usage", ".2%"),
     "codebook_usage_10": ("codebook usage, 10 times or more", ".2%"),
@@ -123,9 +124,15 @@ class Evaluate(VaryingLength, DynamicDecoding, OnDevice, OfImages):
         write_json(out / "metrics.json", {"kind": kind, "split": self.split} | figures)
         text = figure_table([(name, format(figures[key], f)) for key, (name, f) in FIGURES.items() if key in figures])
         (out / "metrics.md").write_text(text + "\n")
+        self.say_missed(figures)
         print(f"{text}\n{out}: measured a {kind}")
 
     def _autoencoder(self, device: torch.device, judges: Judges) -> tuple[ImageData, dict[str, Any] | None]:
+        sampling = [f for f in fields(DynamicDecoding) if f.name != "seed"]
+        given = [f.name for f in sampling if getattr(self, f.name) != f.default] + ["n"] * (self.n is not None)
+        if given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise RunError(f"{flags}: {self.run} is of an autoencoder, which draws no samples")
         autoencoder = load_autoencoder_of(self.run, device, self.checkpoint)
         targets = self.targets(self.run, kind_of(autoencoder))
         images, data = self._images(autoencoder)

@@ -1,6 +1,7 @@
 """Models of codes as commands load them, and how their samples are asked for."""
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from vqfast.cli.training import AUTOENCODER, DYNAMIC_AUTOENCODER
 from vqfast.data import ImageData
 from vqfast.models.registry import AUTOENCODERS, kind_of
 from vqfast.train import RunError, load_model, open_run
+from vqfast.train.runs import run_of
 
 # Runs that generate, and the folder in each that holds their autoencoder.
 GENERATORS = {"vqddm": AUTOENCODER, "raster_gpt": AUTOENCODER, "dq_transformer": DYNAMIC_AUTOENCODER}
@@ -39,8 +41,14 @@ class Sampling:
     seed: int = 0
     """Of the noise."""
 
-    def arguments(self, draw: Callable, model: nn.Module, run: Path) -> dict[str, Any]:
+    def arguments(
+        self, draw: Callable, model: nn.Module, run: Path, levels: tuple[int, str] | None = None
+    ) -> dict[str, Any]:
         """The settings as arguments of a model's `draw`: its `sample`, `inpaint` or `interpolate`.
+
+        Args:
+            draw, model, run: the model is of this run.
+            levels: how many noise levels `draw` goes through, and which these are. Default: all of the model.
 
         Raises:
             RunError: one is out of range, or was given to a model that has no use for it.
@@ -48,6 +56,8 @@ class Sampling:
         # Before a bar is shown, and by the names that they have here.
         if not self.temperature > 0:
             raise RunError(f"--temperature: expected a number above 0, got {self.temperature}")
+        if not math.isfinite(self.guidance):
+            raise RunError(f"--guidance: expected a number, got {self.guidance}")
         if self.top_k is not None and self.top_k < 1:
             raise RunError(f"--top-k: expected at least 1, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -59,7 +69,9 @@ class Sampling:
             if name not in taken:
                 raise RunError(f"--{name.replace('_', '-')}: the {kind_of(model)} in {run} has no such setting")
         if self.steps is not None:
-            given["steps"] = min(self.steps, model.config.T)
+            most, which = levels or (model.config.T, f"of {run}")
+            if not 1 <= self.steps <= most:
+                raise RunError(f"--steps: expected 1..{most}, the noise levels {which}, got {self.steps}")
         return {"guidance_scale": self.guidance, "temperature": self.temperature} | given
 
 
@@ -96,7 +108,7 @@ def load_generator(
     found = open_run(run)
     kinds = kinds or tuple(GENERATORS)
     if found.kind not in kinds:
-        raise RunError(f"{run}: holds a {found.kind} run, expected a {' or '.join(kinds)} run")
+        raise RunError(f"{run}: holds {run_of(found.kind)}, expected {run_of(*kinds)}")
     model = load_model(run, found.kind, device, checkpoint)
     classes = tuple(found.info.get("data", {}).get("classes", ())) if model.config.num_classes else ()
     folder = run / GENERATORS[found.kind]
@@ -114,8 +126,8 @@ def load_autoencoder_of(run: Path, device: torch.device, checkpoint: Literal["la
         run = run / GENERATORS[kind]
         kind = open_run(run).kind
     if kind not in (*AUTOENCODERS, DYNAMIC_AUTOENCODER):
-        expected = " or ".join((*AUTOENCODERS, DYNAMIC_AUTOENCODER, *GENERATORS))
-        raise RunError(f"{run}: holds a {kind} run, expected a {expected} run")
+        expected = run_of(*AUTOENCODERS, DYNAMIC_AUTOENCODER, *GENERATORS)
+        raise RunError(f"{run}: holds {run_of(kind)}, expected {expected}")
     return load_model(run, kind, device, checkpoint)
 
 

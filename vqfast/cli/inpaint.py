@@ -12,6 +12,7 @@ from vqfast.cli.generators import Decoding, load_generator, noise, same_classes
 from vqfast.cli.masks import codes_around, hidden_cells, hidden_pixels
 from vqfast.cli.options import OfImages, OnDevice, check_out, pick_device
 from vqfast.cli.sheets import save_versions, spread
+from vqfast.cli.words import several
 from vqfast.evaluate.figures import hide
 from vqfast.train import RunError, create_run
 
@@ -71,4 +72,5 @@ class Inpaint(Decoding, OnDevice, OfImages):
         versions |= {f"result {i + 1}": result for i, result in enumerate(results.swapaxes(0, 1))}
         subtitle = f"{self.split} images, mask: {self.mask}"
         save_versions(out / "inpainting.png", versions, title="Inpainting", subtitle=subtitle)
-        print(f"{out}: drew the hidden part of {len(chosen)} images {self.variations} times")
+        times = several(self.variations, "time")
+        print(f"{out}: drew the hidden part of {several(len(chosen), 'image')} {times}")

@@ -11,6 +11,7 @@ from vqfast.cli.encoding import BATCH, codes_of, decode, describe, images_for, l
 from vqfast.cli.generators import Sampling, load_generator, noise, same_classes, settings_of
 from vqfast.cli.options import OfImages, OnDevice, check_out, pick_device
 from vqfast.cli.sheets import spread
+from vqfast.cli.words import several
 from vqfast.evaluate.figures import save_grid
 from vqfast.train import RunError, create_run
 
@@ -44,13 +45,12 @@ class Interpolate(Sampling, OnDevice, OfImages):
         data = images_for(self.data, autoencoder)
         chosen = spread(data.indices(self.split), 2 * self.n)
         if len(chosen) < 2:
-            raise RunError(f"{self.data}: expected at least 2 {self.split} images, got {len(chosen)}")
+            raise RunError(f"{self.data}: expected at least 2 images (--split {self.split}), got {len(chosen)}")
         pairs = chosen[: len(chosen) // 2 * 2].reshape(-1, 2)  # (n, 2)
         told = same_classes(data, self.run, classes, self.unconditional)
-        arguments = self.arguments(model.interpolate, model, self.run)
         level = max(round(self.level * model.config.T), 1)
-        if self.steps is not None:
-            arguments["steps"] = min(self.steps, level)
+        levels = level, f"of {self.run} up to --level {self.level:g}"
+        arguments = self.arguments(model.interpolate, model, self.run, levels)
 
         first, second = (codes_of(autoencoder, data.images[positions]) for positions in pairs.T)
         generator, frames = noise(self.seed, device), []
@@ -71,4 +71,5 @@ class Interpolate(Sampling, OnDevice, OfImages):
         rows = [np.concatenate([end[:1], between, end[1:]]) for end, between in zip(ends, results, strict=True)]
         subtitle = f"{self.split} images at the ends, noise level {level} of {model.config.T}"
         save_grid(out / "interpolation.png", rows, title="Interpolation", subtitle=subtitle)
-        print(f"{out}: drew {self.frames} images between those of each of {len(pairs)} pairs")
+        frames = several(self.frames, "image")
+        print(f"{out}: drew {frames} between those of {several(len(pairs), 'pair')}")

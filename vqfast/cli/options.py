@@ -1,6 +1,7 @@
 """Options that several commands have: the same words for the same thing everywhere."""
 
 import os
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -61,7 +62,8 @@ class VaryingLength:
     target_codes: int | None = None
     """DQ-VAE: codes for each image. Default: as many as its router gives."""
     target_error: float | None = None
-    """DQ-VAE: as few codes for each image as bring its mean squared error (values in [-1, 1]) below this."""
+    """DQ-VAE: as few codes for each image as bring its mean squared error (values in [-1, 1]) below this, or the most
+    codes that it can have."""
 
     def targets(self, run: Path, kind: str) -> dict[str, Any]:
         """Those that were given, as arguments of a DQ-VAE's `encode`.
@@ -74,6 +76,17 @@ class VaryingLength:
         if given and kind != "dqvae":
             raise RunError(f"--target-codes, --target-error: need a DQ-VAE, {run} is a {kind}")
         return given
+
+    def say_missed(self, figures: dict[str, Any]) -> None:
+        """Tell where the error asked for could not be reached; figures: of `evaluate_reconstruction`."""
+        count = figures.get("target_missed", 0)
+        if count:
+            least, most = figures["target_missed_least_mse"], figures["target_missed_most_mse"]
+            print(
+                f"vqfast: --target-error {self.target_error:g} cannot be reached for {count} of {figures['images']} "
+                f"images: with all codes that they can have their errors are {least:.3g} to {most:.3g}",
+                file=sys.stderr,
+            )
 
 
 def check_out(out: Path) -> None:

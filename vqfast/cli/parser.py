@@ -87,4 +87,21 @@ def _unboxed(panel: str) -> str:
                 break
         else:
             message.append(text)
-    return re.sub(r"\s+", " ", " ".join(message)).strip()
+    return _plain(re.sub(r"\s+", " ", " ".join(message)).strip())
+
+
+_NUMBERS = {"INT": "a whole number", "FLOAT": "a number", "int": "a whole number", "float": "a number"}
+
+
+def _plain(message: str) -> str:
+    """In words of the command line where the parser has those of its own."""
+    one = re.match(r"Error parsing (--[\w-]+): [^:]*\b(int|float)(?:\(\) with base 10)?: '(.*)'$", message)
+    if one:
+        return f"{one[1]}: expected {_NUMBERS[one[2]]}, got {one[3]}"
+    optional = re.match(r"Error parsing (--[\w-]+): no type matching {None}\|{?([^}]+?)}? could .*? \[(.*?)\]", message)
+    if optional:
+        flag, expected, given = optional.groups()
+        words = " ".join(re.findall(r"'(.*?)'", given))
+        return f"{flag}: expected {_NUMBERS.get(expected, expected)}, got {words or 'nothing'}"
+    # A setting that its own class refuses, under its name there.
+    return re.sub(r"^Error parsing \w+: (\w+): ", lambda found: f"--{found[1].replace('_', '-')}: ", message)

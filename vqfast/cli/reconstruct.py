@@ -53,6 +53,7 @@ class Reconstruct(VaryingLength, OnDevice, OfImages):
         columns = COLUMNS // 2 if "codes" in versions else COLUMNS
         path = out / "reconstruction.png"
         save_versions(path, versions, title="Reconstruction", subtitle=subtitle, columns=columns)
+        self.say_missed(figures)
         print(f"{out}: {count}, {psnr}, {used}")
 
 

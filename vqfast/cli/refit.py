@@ -13,6 +13,7 @@ from vqfast.cli.encoding import describe, encode, images_for
 from vqfast.cli.options import OfImages, OnDevice, Training, check_out, pick_device
 from vqfast.cli.perceptual import load_lpips
 from vqfast.cli.training import check_same, checksum, start, train_on_images
+from vqfast.cli.words import several
 from vqfast.data import ImageBatches, ImageData
 from vqfast.evaluate.evaluation import Judges, evaluate_reconstruction
 from vqfast.models.autoencoder import Autoencoder
@@ -52,6 +53,10 @@ class Refit(Training):
     training: TrainConfig = field(default_factory=lambda: TrainConfig(lr=2e-6, beta1=0.5, beta2=0.9, weight_decay=0.0))
 
     def execute(self) -> None:
+        for name in ("iters", "codebook_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RunError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
         processes = start(self)
         if self.resume:  # before all that leads to the training is done anew
             check_same(open_run(self.out), "training", asdict(self.training))
@@ -115,7 +120,7 @@ class Prune(OnDevice, OfImages):
         create_run(self.out, kind_of(pruned), info | {"prune": pruning})
         save_checkpoint(self.out, 0, pruned, pruned.state_dict(), {}, {})
         np.save(self.out / "kept_codes.npy", kept.cpu().numpy())
-        print(f"{self.out}: kept {len(kept)} of {size} codes; {len(codes)} images have the same ones as before")
+        print(f"{self.out}: kept {len(kept)} of {size} codes: all in use by {several(len(codes), 'image')}")
 
 
 def _checksum(run: Path) -> int:

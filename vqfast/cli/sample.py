@@ -11,6 +11,7 @@ from vqfast.cli.encoding import BATCH, decode
 from vqfast.cli.generators import DynamicDecoding, choose_labels, load_generator, noise, settings_of
 from vqfast.cli.options import OfRun, OnDevice, check_out, pick_device
 from vqfast.cli.sheets import rows_of
+from vqfast.cli.words import several
 from vqfast.evaluate.figures import save_grid
 from vqfast.train import RunError, create_run
 
@@ -53,4 +54,4 @@ class Sample(DynamicDecoding, OnDevice, OfRun):
         rows, names = rows_of(images, labels, classes)
         subtitle = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
         save_grid(out / "samples.png", rows, title="Samples", subtitle=subtitle, labels=names)
-        print(f"{out}: drew {self.n} images")
+        print(f"{out}: drew {several(self.n, 'image')}")

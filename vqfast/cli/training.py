@@ -14,6 +14,7 @@ from vqfast.cli.encoding import describe, images_for
 from vqfast.cli.latents import latents
 from vqfast.cli.options import Training, check_out
 from vqfast.cli.settings import write_settings
+from vqfast.cli.words import several
 from vqfast.data import ImageBatches, ImageData
 from vqfast.models.dqvae import DynamicCodes, grain_pictures
 from vqfast.models.registry import kind_of
@@ -115,7 +116,7 @@ def train_on_images(
     images = ImageBatches(data, crop=size, augment=crops or flip, flip=flip, seed=seed)
     held_out = ImageBatches(data, "held-out", crop=size) if data.held_out.any() else None
     model = train(model, images, command.training, command.out, held_out=held_out, resume=command.resume)
-    _say_trained(command, model, f"{len(images)} images", processes)
+    _say_trained(command, model, several(len(images), "image"), processes)
     return model
 
 
@@ -164,7 +165,7 @@ def train_on_codes(command: Training, processes: PartialState) -> nn.Module:
 
     settings, out = command.training, command.out
     model = train(model, codes, settings, out, held_out=held_out, resume=command.resume, pictures=pictures)
-    _say_trained(command, model, f"{len(codes)} encoded images", processes)
+    _say_trained(command, model, several(len(codes), "encoded image"), processes)
     return model
 
 
@@ -188,8 +189,8 @@ def checksum(checkpoint: Path) -> int:
 
 
 def _say_trained(command: Training, model: nn.Module, examples: str, processes: PartialState) -> None:
-    name, steps = _NAMES[kind_of(model)], command.training.steps
-    processes.print(f"{command.out}: trained a {name} for {steps} steps on {examples}")
+    name, steps = _NAMES[kind_of(model)], several(command.training.steps, "step")
+    processes.print(f"{command.out}: trained a {name} for {steps} on {examples}")
 
 
 def check_same(run: Run, section: str, settings: dict[str, Any]) -> None:

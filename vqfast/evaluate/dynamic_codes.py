@@ -127,10 +127,11 @@ def fit(model: DQVAE, images: np.ndarray, crop: int, steps: int, batch_size: int
     """Train on random crops, the same for the same seed.
 
     Args:
+        model: on the device to compute on.
         images: (N, H, W, C) uint8, H and W at least `crop`.
         tick: called after each step.
     """
-    draw = np.random.default_rng(seed)
+    draw, device = np.random.default_rng(seed), next(model.parameters()).device
     player = torch.optim.AdamW(model.part_parameters("model"), lr, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(player, lr, total_steps=steps + 1, pct_start=0.1)
     model.train()
@@ -138,7 +139,7 @@ def fit(model: DQVAE, images: np.ndarray, crop: int, steps: int, batch_size: int
         chosen = draw.integers(len(images), size=batch_size)
         top, left = (draw.integers(images.shape[axis] - crop + 1, size=batch_size) for axis in (1, 2))
         batch = np.stack([images[i, y : y + crop, x : x + crop] for i, y, x in zip(chosen, top, left, strict=True)])
-        loss = model.training_step({"image": to_float(batch)}, step)["loss"]
+        loss = model.training_step({"image": to_float(batch).to(device)}, step)["loss"]
         player.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.part_parameters("model"), 1.0)
@@ -150,25 +151,27 @@ def fit(model: DQVAE, images: np.ndarray, crop: int, steps: int, batch_size: int
 
 @torch.no_grad()
 def measure(contestant: Contestant, model: DQVAE, images: Tensor) -> tuple[Result, Tensor, Tensor | None]:
-    """What a model makes of held-out images (N, C, H, W), its reconstructions, and its grains where it has some."""
+    """What a model makes of held-out images (N, C, H, W), its reconstructions, and its grains where it has some.
+
+    Images and results are on the CPU, whatever the model's device.
+    """
     errors = lambda output: (output.clamp(-1, 1) - images).square().mean(dim=(1, 2, 3))
     if isinstance(model, FixedGrid):
-        output = _in_batches(model.reconstruct, images)
+        output = _reconstructed(model, images)
         lengths = torch.full((len(images),), contestant.codes)
         return Result(contestant.name, errors(output), lengths, []), output, None
     # At the number of codes that is compared: a learned router is free to use another.
-    encoded = [model.encode(part, target_codes=contestant.codes) for part in images.split(_BATCH)]
-    grains = torch.cat([part.grains for part in encoded])
-    output = torch.cat([model.decode_codes(part) for part in encoded])
-    curve = [
-        (n, float(errors(_in_batches(lambda part, n=n: model.reconstruct(part, target_codes=n), images)).mean()))
-        for n in contestant.target_codes
-    ]
+    device = next(model.parameters()).device
+    encoded = [model.encode(part.to(device), target_codes=contestant.codes) for part in images.split(_BATCH)]
+    grains = torch.cat([part.grains.cpu() for part in encoded])
+    output = torch.cat([model.decode_codes(part).cpu() for part in encoded])
+    curve = [(n, float(errors(_reconstructed(model, images, target_codes=n)).mean())) for n in contestant.target_codes]
     return Result(contestant.name, errors(output), code_lengths(grains), curve), output, grains
 
 
-def _in_batches(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    return torch.cat([function(part) for part in images.split(_BATCH)])
+def _reconstructed(model: DQVAE, images: Tensor, **options) -> Tensor:
+    device = next(model.parameters()).device
+    return torch.cat([model.reconstruct(part.to(device), **options).cpu() for part in images.split(_BATCH)])
 
 
 def compare(text: str, better: Result, worse: Result) -> Claim:

@@ -78,19 +78,24 @@ def evaluate_reconstruction(
         autoencoder: VQVAE, VQGAN or DQVAE in eval mode.
         images: to measure on; all of them are.
         progress: show a bar.
-        targets: of a DQVAE's `encode`.
+        targets: of a DQVAE's `encode`. Of a target_error the figures tell how many images stay above it with the most
+            codes that they can have (target_missed), and the least and the largest of their errors.
 
     Returns:
         Figures by name, in the first process; None in others.
     """
     _check_neighbours(judges, len(images), len(images))
-    averages, counts, originals, results, seconds = [], [], [], [], 0.0
+    averages, counts, originals, results, missed, seconds = [], [], [], [], [], 0.0
+    target = targets.get("target_error")
     for _, positions, batch in _batches(images, judges, _device(autoencoder), "reconstructing", progress):
         image = batch["image"]
         started = time.perf_counter()
         codes = autoencoder.encode(image, **targets)
-        pixels = to_uint8(autoencoder.decode_codes(codes))
+        decoded = autoencoder.decode_codes(codes)
+        pixels = to_uint8(decoded)
         seconds += time.perf_counter() - started
+        if target is not None:
+            missed.append(_errors_above(target, codes, decoded, image, autoencoder.config.fine_grid_size**2))
         output = to_float(pixels).to(image)
         likeness = {"psnr_db": psnr(output, image), "ssim": ssim(output, image)}
         if judges.lpips is not None:
@@ -101,12 +106,17 @@ def evaluate_reconstruction(
             originals.append(_look(judges, image, positions, len(images)))
             results.append(_look(judges, output, positions, len(images)))
     likeness, counts, speed = total(averages), total(counts), _images_per_s(len(images), seconds)
+    missed = total(missed) or []
     seen = (total(originals), total(results)) if judges.extractor is not None else None
     if rank_and_count()[0] != 0:
         return None
     figures = {"images": len(images), **likeness.means()}
     if seen is not None:
         figures |= _compared("rfid", *seen, judges)
+    if target is not None:
+        figures["target_missed"] = len(missed)
+    if missed:
+        figures |= {"target_missed_least_mse": min(missed), "target_missed_most_mse": max(missed)}
     return figures | counts.figures() | {"images_per_s": speed}
 
 
@@ -201,6 +211,12 @@ def evaluate_likelihood(
         averages.append(Averages.of({"bits_per_dim": model.bits_per_dim(codes, labels, **options)}))
     bits = total(averages)
     return None if bits is None else bits.means() | {"bits_images": bits.count}
+
+
+def _errors_above(target: float, codes: DynamicCodes, decoded: Tensor, images: Tensor, most: int) -> list[float]:
+    """Mean squared errors of those images that have the most codes and are not brought below the target by them."""
+    errors = (decoded.clamp(-1, 1) - images).square().mean(dim=(1, 2, 3))
+    return errors[(errors >= target) & (codes.lengths == most)].tolist()
 
 
 def _check_neighbours(judges: Judges, real: int, made: int) -> None:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqfast.models.batch import entry
 from vqfast.nn.discriminator import GAN_LOSSES, PatchDiscriminator, balance_weight, discriminator_loss, generator_loss
 from vqfast.nn.perceptual import LPIPS, SMALLEST
 
@@ -127,9 +128,10 @@ class Adversarial(nn.Module):
             ValueError: another part.
         """
         self._check_part(part)
+        images = entry(batch, "image", self)
         if part == "discriminator":
-            return self._discriminator_step(batch["image"], step)
-        return self._model_step(batch["image"], step)
+            return self._discriminator_step(images, step)
+        return self._model_step(images, step)
 
     def _image_terms(self, images: Tensor, output: Tensor, step: int) -> ImageTerms:
         """Judge what the model made of images; both (B, C, H, W), output float32."""

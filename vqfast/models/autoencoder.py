@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vqfast.models.batch import entry
 from vqfast.nn.autoencoder import Decoder, Encoder
 from vqfast.nn.blocks import GROUPS
 from vqfast.nn.vector_quantize import VectorQuantize
@@ -43,7 +44,9 @@ class AutoencoderConfig:
         # JSON gives lists back.
         object.__setattr__(self, "mults", tuple(self.mults))
         object.__setattr__(self, "attention_resolutions", tuple(self.attention_resolutions))
-        check_sizes(self, "in_channels", "channels", "num_res_blocks", "codebook_size", "code_dim")
+        check_sizes(self, "in_channels", "channels", "num_res_blocks", "norm_groups", "codebook_size", "code_dim")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: expected a share of at least 0, below 1, got {self.dropout}")
         if not self.mults or min(self.mults) < 1:
             raise ValueError(f"mults: expected at least one multiple of at least 1, got {self.mults}")
         if self.image_size < self.downsampling or self.image_size % self.downsampling:
@@ -172,7 +175,8 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def evaluation_pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Images of a batch and what is left of them after the codes: each (B, C, H, W)."""
-        return {"image": batch["image"], "reconstruction": self.reconstruct(batch["image"])}
+        images = entry(batch, "image", self)
+        return {"image": images, "reconstruction": self.reconstruct(images)}
 
     def histograms(self) -> dict[str, Tensor]:
         """Moving-average count of each code, (K,), under "codebook"."""

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqfast.models.batch import entry
 from vqfast.models.conditioning import batch_labels, check_guidance, drop_labels, sampling_labels
 from vqfast.models.dq_sampling import draw_tokens
 from vqfast.models.drawing import batches, evaluating
@@ -214,7 +215,7 @@ class DQTransformer(nn.Module):
 
         Those of its codes, its end, and, but for the first grain, its start.
         """
-        grains = batch["grains"]
+        grains = entry(batch, "grains", self)
         codes = torch.stack([(grains == g).sum() * 4**g for g in range(self.config.num_grains)])
         specials = torch.full_like(codes, 2 * len(grains))
         specials[0] = len(grains)
@@ -235,7 +236,7 @@ class DQTransformer(nn.Module):
         return {name: value if name == "loss" else value.detach() for name, value in scalars.items()}
 
     def _read(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-        c, codes, grains = self.config, batch["codes"], batch["grains"]
+        c, codes, grains = self.config, entry(batch, "codes", self), entry(batch, "grains", self)
         B = len(codes)
         check_int64('batch["codes"]', codes, (B, *c.grid), "(B, H, W)")
         check_int64('batch["grains"]', grains, (B, *c.cells), "(B, h, w)")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vqfast.models.adversarial import Adversarial, AdversarialConfig
 from vqfast.models.autoencoder import AutoencoderConfig, check_images, check_sizes, codebook_scalars
+from vqfast.models.batch import entry
 from vqfast.models.dqvae_networks import GrainEncoder, PositionalDecoder
 from vqfast.nn.perceptual import LPIPS
 from vqfast.nn.routers import (
@@ -231,8 +232,9 @@ class DQVAE(Adversarial):
                 router would soonest give more codes get them. Where a number cannot be reached (a finer grain adds 3,
                 12, ... codes) the image gets the largest below it.
             target_error: for each image the smallest number of codes with which the mean squared error of its
-                reconstruction (values clipped to [-1, 1]) is below this; all fine where none is. Found by bisection,
-                as if the error fell with each code.
+                reconstruction (values clipped to [-1, 1]) is below this. Found by bisection, as if the error fell with
+                each code. An image that stays above it with all cells fine gets these, and nothing is raised: its
+                `lengths` are fine_grid_size^2, and the error of `decode_codes` tells how far it came.
 
         Raises:
             ValueError: both targets, or one out of range.
@@ -268,9 +270,10 @@ class DQVAE(Adversarial):
     @torch.no_grad()
     def evaluation_pictures(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Images of a batch, where their codes are, and what is left of them: each (B, C or 1, H, W)."""
-        codes = self.encode(batch["image"])
+        images = entry(batch, "image", self)
+        codes = self.encode(images)
         return {
-            "image": batch["image"],
+            "image": images,
             "grains": grain_pictures(codes.grains, self.config.grains, self.config.image_size),
             "reconstruction": self.decode_codes(codes),
         }

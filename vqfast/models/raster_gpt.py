@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqfast.models.batch import entry
 from vqfast.models.conditioning import (
     ClassEmbedding,
     batch_labels,
@@ -108,7 +109,7 @@ class RasterGPT(nn.Module):
         Raises:
             TypeError, ValueError: codes that are not on the grid, or labels that are missing or out of range.
         """
-        codes = flat_codes('batch["codes"]', batch["codes"], self.config.grid)
+        codes = flat_codes('batch["codes"]', entry(batch, "codes", self), self.config.grid)
         logits = self(codes, batch_labels(batch, self.config.num_classes))
         loss = F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
         return {"loss": loss, "bits_per_dim": loss.detach() / math.log(2)}

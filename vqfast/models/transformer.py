@@ -93,7 +93,10 @@ class Transformer(nn.Module):
         class_dropout: float = 0.0,
     ):
         super().__init__()
-        if heads < 1 or dim < 1 or dim % (4 * heads):
+        for name, value in (("heads", heads), ("depth", depth)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if dim < 1 or dim % (4 * heads):
             raise ValueError(f"dim: expected a multiple of 4 * heads = {4 * heads} (rows and columns), got {dim}")
         if depth < 1:
             raise ValueError(f"depth: expected at least 1, got {depth}")

@@ -23,6 +23,7 @@ from vqfast.diffusion import (
     sample_by_confidence,
     schedule,
 )
+from vqfast.models.batch import entry
 from vqfast.models.conditioning import batch_labels, check_guidance, flat_codes, known_codes, sampling_labels
 from vqfast.models.drawing import check_count, evaluating
 from vqfast.models.transformer import Transformer
@@ -429,7 +430,7 @@ class VQDDM(nn.Module):
 
     def _read(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """Flat codes, and the labels if the model has classes; labels that it has no use for are left."""
-        return self._flat('batch["codes"]', batch["codes"]), batch_labels(batch, self.config.num_classes)
+        return self._flat('batch["codes"]', entry(batch, "codes", self)), batch_labels(batch, self.config.num_classes)
 
     def _labels(self, labels: Tensor | int | None, n: int) -> Tensor | None:
         return sampling_labels(labels, n, self.config.num_classes, self.config.class_dropout, self.device)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqfast.models.autoencoder import Autoencoder, AutoencoderConfig, codebook_scalars
+from vqfast.models.batch import entry
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class VQVAE(Autoencoder):
             Scalars: loss = reconstruction + commitment (weighted), reconstruction; in training mode also commitment,
             usage (share of the codes chosen in the last 100 batches), perplexity.
         """
-        images = batch["image"]
+        images = entry(batch, "image", self)
         quantized, _, commitment = self.quantizer(self.features(images))
         output = self._decode(quantized).float()
         distance = F.mse_loss if self.config.reconstruction_loss == "l2" else F.l1_loss

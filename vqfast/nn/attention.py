@@ -119,7 +119,9 @@ class CausalTransformer(nn.Module):
 
     def __init__(self, dim: int, depth: int, heads: int, dropout: float = 0.0):
         super().__init__()
-        if heads < 1 or dim < 1 or dim % heads:
+        if heads < 1:
+            raise ValueError(f"heads: expected at least 1, got {heads}")
+        if dim < 1 or dim % heads:
             raise ValueError(f"dim: expected a multiple of heads = {heads}, got {dim}")
         if depth < 1:
             raise ValueError(f"depth: expected at least one block, got {depth}")

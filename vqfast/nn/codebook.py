@@ -83,7 +83,8 @@ def random_vectors(
     turn: tuple[int, int] = (0, 1),
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Different vectors drawn at random, each with a 1 after it; zeros in the places that no vector is left for.
+    """Different vectors drawn at random, each with a 1 after it; zeros in the places that no vector is left for, or for
+    which one was drawn that is not finite.
 
     Batches take turns, those of all processes and of all passes before one step: summed over them, every place holds
     one vector of one batch. The sum is left to the caller, who has more to send.
@@ -104,8 +105,8 @@ def random_vectors(
     if mask is not None:
         chance = torch.where(mask, chance, 2.0)
     chance, chosen = chance.topk(given, dim=-1, largest=False)
-    offered = (chance < 2).to(vectors.dtype)[..., None]
     drawn = torch.take_along_dim(vectors, chosen[..., None], dim=-2)
+    offered = ((chance < 2) & drawn.sum(-1).isfinite()).to(vectors.dtype)[..., None]
     # A vector that does not count may hold anything: zero times that is not always zero.
     drawn = F.pad(torch.cat([torch.where(offered > 0, drawn, 0), offered], dim=-1), (0, 0, 0, count - given))
     processes = process_count(sync)

@@ -131,6 +131,9 @@ class FollowingCodebook(nn.Module):
         packed: (K, 1 + d) counts and sums, and candidates for revival (K, d + 1) beside them where codes may die.
         """
         packed = sum_over_processes(packed, self.sync_codebook).view(*self.cluster_size.shape, -1)
+        # Vectors that are not finite have index 0, so no other code can meet one: of that code this batch says nothing.
+        first = packed[..., 0, : 1 + self.codebook_dim]
+        first.masked_fill_(first.sum(-1, keepdim=True).mul_(0) != 0, 0)
         counts, sums = packed[..., 0].to(self.cluster_size), packed[..., 1 : 1 + self.codebook_dim].to(self.embed_avg)
         self.idle.copy_(torch.where(counts > 0, 0, self.idle + 1))
         if callable(ema_update_weight):

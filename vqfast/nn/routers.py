@@ -404,7 +404,7 @@ def _check_grains(grains: int) -> None:
 def check_shares(shares: Sequence[float]) -> tuple[float, ...]:
     """As floats; ValueError where they are negative or exceed 1 together."""
     shares = tuple(float(share) for share in shares)
-    if not shares or min(shares) < 0 or sum(shares) > 1 + 1e-9:
+    if not shares or not min(shares) >= 0 or not sum(shares) <= 1 + 1e-9:
         raise ValueError(
             f"shares: expected numbers of at least 0 that sum to at most 1, one a finer grain, got {shares}"
         )

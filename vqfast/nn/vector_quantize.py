@@ -42,6 +42,11 @@ class VectorQuantize(FollowingCodebook):
     the module in float32 under mixed precision. With torch.distributed started, every process ends each step with the
     same codebook, at the price of one all-reduce. A training step reads nothing back from the device.
 
+    A vector with a NaN or an infinity gets index 0, and the loss of its batch is not finite: a step of the optimiser by
+    it ruins the network, so leave such steps out (`torch.amp.GradScaler` does). The codebook stays finite: of code 0
+    such a batch counts nothing, and no code is revived by such a vector. The first batch, where k-means starts from it,
+    must be finite.
+
     With `heads` = H, or another `codebook_dim` = d than D, vectors are projected to H d channels, each head's d are
     quantised on their own, and the result is projected back.
 

@@ -1,6 +1,12 @@
-"""vqfast's operations on tensors."""
+"""vqfast's operations on tensors.
+
+All of them go through torch.compile and through torch.func: vmap, and where there is a gradient grad, vjp and jacrev;
+not jvp, and no second derivative. Rows that vmap adds to a search or a loss are rows of one call; other ops are called
+once an example.
+"""
 
 from vqfast.ops.registry import backend  # isort: skip  (first: it registers the ops that the others bind)
+from vqfast.ops import batching  # noqa: F401  (registers how ops are mapped)
 from vqfast.ops.checks import checked
 from vqfast.ops.diffusion import diffusion_loss, p_sample, posterior, prior_kl, q_sample, transition_matmul
 from vqfast.ops.dynamic import DynamicQuantized, code_weights, dynamic_quantize, grain_budget_loss

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vqfast.ops.coverage import capacity_holds, covers_once, grains_in_range
+from vqfast.ops.transforms import transformed
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -142,11 +143,11 @@ def _check_range(name: str, value: Tensor, low: int, high: int, meaning: str) ->
 def check_indices(indices: Any, codebook_size: int, least: int = 0, name: str = "indices") -> None:
     """Indices of codes to be decoded, of any shape: int64 or int32; values in least..K-1, of which -1 is masked.
 
-    Values are looked at on the host, on other devices in checked mode, and not in a traced graph.
+    Values are looked at on the host, on other devices in checked mode, and not in a traced graph or under torch.func.
     """
     if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: expected an int64 or int32 tensor, got {describe(indices)}")
-    if (indices.is_cpu or checking()) and not torch.compiler.is_compiling():
+    if (indices.is_cpu or checking()) and not (torch.compiler.is_compiling() or transformed()):
         meaning = f"K = {codebook_size}" if least == 0 else f"K = {codebook_size}; -1 is masked"
         _check_range(name, indices, least, codebook_size - 1, meaning)
 
@@ -238,8 +239,9 @@ def check_chain_values(
     unconditional: Tensor | None = None,
     **codes: Tensor,
 ) -> None:
-    """The value checks of diffusion ops that are several kernels: without s, t may be 0. Not in a traced graph."""
-    if torch.compiler.is_compiling() or not (t.is_cpu or checking()):
+    """The value checks of diffusion ops that are several kernels: without s, t may be 0. Not in a traced graph
+    or under torch.func."""
+    if torch.compiler.is_compiling() or transformed() or not (t.is_cpu or checking()):
         return
     if s is None:
         _check_range("t", t, 0, T, f"T = {T}; 0 is data")

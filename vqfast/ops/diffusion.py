@@ -2,13 +2,13 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vqfast.kernels.posterior.reference import noise_vector, shares
 from vqfast.ops import matrix_diffusion
 from vqfast.ops.checks import check_chain_values, check_device, check_float, check_int64, describe
 from vqfast.ops.matrix_transitions import MatrixTransition
 from vqfast.ops.reduction import ordered_sum
+from vqfast.ops.transforms import Function, kept_for_transforms, once_differentiable, scaled_rows, wants_gradient
 from vqfast.ops.transitions import Transition
 
 RULES = ("joint", "marginal")
@@ -17,7 +17,6 @@ _q_sample = torch.ops.vqfast.q_sample.default
 _posterior = torch.ops.vqfast.posterior.default
 _posterior_backward = torch.ops.vqfast.posterior_backward.default
 _diffusion_loss = torch.ops.vqfast.diffusion_loss.default
-_scale_rows_ = torch.ops.vqfast.scale_rows_.default
 _p_sample = torch.ops.vqfast.p_sample.default
 
 
@@ -110,12 +109,15 @@ def q_sample(
     return _q_sample(x0, level, levels, noise, transition.codebook_size, key)
 
 
-class _Posterior(torch.autograd.Function):
+class _Posterior(Function):
     @staticmethod
-    def forward(ctx, logits, x_t, t, s, levels, noise, marginal):
-        ctx.save_for_backward(logits, x_t, t, s, levels, noise)
-        ctx.marginal = marginal
+    def forward(logits, x_t, t, s, levels, noise, marginal):
         return _posterior(logits, x_t, t, s, levels, noise, marginal)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.marginal = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     @once_differentiable
@@ -158,25 +160,28 @@ def posterior(
     return _Posterior.apply(logits, x_t, t, s, *transition.tables_on(logits.device), marginal)
 
 
-class _DiffusionLoss(torch.autograd.Function):
+class _DiffusionLoss(Function):
     """Loss per token; its gradient, already times `scale`, is written in the forward pass that reads the logits."""
 
     @staticmethod
-    def forward(ctx, logits, x0, x_t, t, s, levels, noise, scale, marginal, aux_weight, reduce, with_grad):
+    def forward(logits, x0, x_t, t, s, levels, noise, scale, marginal, aux_weight, reduce, with_grad):
         loss, grad = _diffusion_loss(logits, x0, x_t, t, s, levels, noise, scale, marginal, aux_weight, with_grad)
-        ctx.save_for_backward(grad)
-        ctx.tokens = x0.shape
         loss = loss * scale.to(loss.dtype)
-        return ordered_sum(loss) if reduce else loss
+        return ordered_sum(loss) if reduce else loss, grad
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.tokens = inputs[1].shape
+        ctx.save_for_backward(output[1], *kept_for_transforms(inputs[0]))
+        ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss):
-        (grad,) = ctx.saved_tensors
-        # In place, and without a pass over memory where the incoming gradient is 1. A second backward through the
-        # same graph is refused by autograd, which sees that the saved tensor has changed.
-        _scale_rows_(grad, grad_loss.expand(ctx.tokens))
-        return grad, *([None] * 11)
+    def backward(ctx, grad_loss, _):
+        grad, *_ = ctx.saved_tensors
+        # In place: a second backward through the same graph is refused by autograd, which sees that the saved tensor
+        # has changed.
+        return scaled_rows(grad, grad_loss.expand(ctx.tokens)), *([None] * 11)
 
 
 def _scale(
@@ -271,11 +276,10 @@ def diffusion_loss(
         )
         return ordered_sum(loss) if reduction != "none" else loss
     levels, noise = transition.tables_on(logits.device)
-    # Asked here: inside the function the gradient mode is off, and needs_input_grad does not know of no_grad.
-    with_grad = torch.is_grad_enabled() and logits.requires_grad
+    with_grad = wants_gradient(logits)
     return _DiffusionLoss.apply(
         logits, x0, x_t, t, s, levels, noise, scale, marginal, float(aux_weight), reduction != "none", with_grad
-    )
+    )[0]
 
 
 def _check_truncation(top_k: int | None, top_p: float | None) -> tuple[int, float]:

@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vqfast.ops.checks import check_choice, check_codebook, check_device, check_float, describe
 from vqfast.ops.packing import Packed, check_num_grains, grains_of_grid, pack, unpack
 from vqfast.ops.reduction import ordered_sum
 from vqfast.ops.search import ESTIMATORS, codebook_stats, nearest_code, quantize
+from vqfast.ops.transforms import Function, once_differentiable, transformed
 
 _unpack = torch.ops.vqfast.unpack.default
 _dynamic_lookup = torch.ops.vqfast.dynamic_lookup.default
@@ -45,16 +45,19 @@ def code_weights(grain_ids: Tensor, num_grains: int = 2) -> Tensor:
     return torch.where(grain_ids >= 0, 4 ** (num_grains - 1 - grain_ids.clamp(0, num_grains - 1)), 0)
 
 
-class _DynamicLookup(torch.autograd.Function):
+class _DynamicLookup(Function):
     """`_Lookup` of search.py on the fine grid, straight through."""
 
     @staticmethod
-    def forward(ctx, features, codebook, indices, chosen, grains, num_grains, beta, codebook_weight):
+    def forward(features, codebook, indices, chosen, grains, num_grains, beta, codebook_weight):
         quantized, error, counts = _dynamic_lookup(features, codebook, indices, grains, num_grains)
-        ctx.save_for_backward(features, codebook, indices, chosen, grains)
-        ctx.num_grains, ctx.beta, ctx.codebook_weight = num_grains, beta, codebook_weight
-        ctx.mark_non_differentiable(counts)
         return quantized, error * (beta + codebook_weight), counts
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.num_grains, ctx.beta, ctx.codebook_weight = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.mark_non_differentiable(output[2])
 
     @staticmethod
     @once_differentiable
@@ -185,7 +188,7 @@ def dynamic_quantize(
     num_grains = grains_of_grid(features.shape, grains, "features")
     check_device("features", features, grains=grains)
     check_codebook(features, codebook, "features")
-    on_host = features.is_cpu and not torch.compiler.is_compiling()
+    on_host = features.is_cpu and not (torch.compiler.is_compiling() or transformed())
     # Where nothing is dropped and gradients go straight through, only the search tells codes from what they cover.
     if on_host and capacity is None and estimator == "ste":
         out = _in_place(features, grains, codebook, num_grains, order, beta, codebook_weight)

@@ -7,16 +7,15 @@ through the chain instead, and what is done to them is plain torch.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vqfast.kernels.matrix_loss.reference import divergence, log, log_prior
 from vqfast.kernels.matrix_loss.reference import marginal as marginal_scores
 from vqfast.kernels.matrix_sample.reference import choose, draw, prediction, quantiles
 from vqfast.ops.matrix_transitions import MatrixTransition, SymmetricRate
+from vqfast.ops.transforms import Function, kept_for_transforms, once_differentiable, scaled_rows, wants_gradient
 
 _matrix_loss = torch.ops.vqfast.matrix_loss.default
 _matrix_sample = torch.ops.vqfast.matrix_sample.default
-_scale_rows_ = torch.ops.vqfast.scale_rows_.default
 
 # Where products are made by batches, every sample its own: K for each row up to which matrices are made.
 _CODES_PER_ROW = 2
@@ -84,21 +83,23 @@ def posterior(
     return torch.log_softmax(log_f + _log_model(log_x0, s, transition), dim=-1)
 
 
-class _Loss(torch.autograd.Function):
+class _Loss(Function):
     """Loss per token times `scale`; its gradient is written in the same pass."""
 
     @staticmethod
-    def forward(ctx, logits, x0, x_t, s, prior, step, scale, marginal, aux_weight, with_grad):
+    def forward(logits, x0, x_t, s, prior, step, scale, marginal, aux_weight, with_grad):
         loss, grad = _matrix_loss(logits, x0, x_t, s, prior, step, scale, marginal, aux_weight, with_grad)
-        ctx.save_for_backward(grad)
-        return loss * scale.to(loss.dtype)
+        return loss * scale.to(loss.dtype), grad
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output[1], *kept_for_transforms(inputs[0]))
+        ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss):
-        grad = ctx.saved_tensors[0].clone()
-        _scale_rows_(grad, grad_loss)
-        return grad, *([None] * 9)
+    def backward(ctx, grad_loss, _):
+        return scaled_rows(ctx.saved_tensors[0].clone(), grad_loss), *([None] * 9)
 
 
 def token_loss(
@@ -117,11 +118,11 @@ def token_loss(
     """(B, L): (KL(q(x_s | x_t, x_0) || p(x_s | x_t)) - aux_weight log p(x_0)) scale; tokens of scale 0 are not read."""
     _check_rule(marginal, transition)
     # Asked here: inside the function the gradient mode is off, and needs_input_grad does not know of no_grad.
-    with_grad = torch.is_grad_enabled() and logits.requires_grad
+    with_grad = wants_gradient(logits)
     passes = 2 + with_grad + marginal  # of the prediction, of x_0, of the gradient; what the marginal rule divides by
     matrices = _matrices(t, s, x0, transition, passes, span, one)
     if matrices is not None:
-        return _Loss.apply(logits, x0, x_t, s, *matrices, scale, marginal, aux_weight, with_grad)
+        return _Loss.apply(logits, x0, x_t, s, *matrices, scale, marginal, aux_weight, with_grad)[0]
     counts = scale != 0
     log_p = torch.log_softmax(logits.where(counts[..., None], 0).double(), dim=-1)
     log_model = _log_model(_log_x0(log_p, x_t, t, transition, marginal), s, transition)

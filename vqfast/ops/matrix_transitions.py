@@ -9,10 +9,10 @@ from math import isqrt
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vqfast.kernels.transition_matmul.library import products_ahead
 from vqfast.ops.checks import check_whole, describe
+from vqfast.ops.transforms import Function, once_differentiable
 from vqfast.ops.transitions import Transition, check_alpha_bar
 
 # How far a row that is given may be from the sum 1, and a rate from symmetry.
@@ -100,14 +100,17 @@ def _check_times(times: object) -> Tensor:
     return table
 
 
-class _Product(torch.autograd.Function):
+class _Product(Function):
     @staticmethod
-    def forward(ctx, rows, s, t, steps, diagonal, cumulative, blocks, stride, transpose, span):
-        tables = steps, diagonal, cumulative, blocks
-        ctx.save_for_backward(s, t, *tables)
-        ctx.options = stride, transpose, span
+    def forward(rows, s, t, steps, diagonal, cumulative, blocks, stride, transpose, span):
+        return _matmul(rows, s, t, steps, diagonal, cumulative, blocks, stride, transpose, span)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        rows, *tensors = inputs[:-3]
+        ctx.save_for_backward(*tensors)
+        ctx.options = inputs[-3:]
         ctx.dtype = rows.dtype
-        return _matmul(rows, s, t, *tables, stride, transpose, span)
 
     @staticmethod
     @once_differentiable

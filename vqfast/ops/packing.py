@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vqfast.ops.checks import FLOATS, check_device, check_float, check_int64, check_whole, describe
+from vqfast.ops.transforms import Function, once_differentiable, wants_gradient
 
 _pack = torch.ops.vqfast.pack.default
 _unpack = torch.ops.vqfast.unpack.default
@@ -101,14 +101,17 @@ def grains_of_grid(shape: torch.Size, grains: Tensor, name: str = "values") -> i
     return factor.bit_length()
 
 
-class _PackFeatures(torch.autograd.Function):
+class _PackFeatures(Function):
     @staticmethod
-    def forward(ctx, values, grains, region, capacity):
-        packed = _pack(values, grains, region, capacity)
-        ctx.save_for_backward(grains, *packed[1:])
+    def forward(values, grains, region, capacity):
+        return _pack(values, grains, region, capacity)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        values, grains, *_ = inputs
+        ctx.save_for_backward(grains, *output[1:])
         ctx.num_grains = (values.shape[1] // grains.shape[1]).bit_length()
-        ctx.mark_non_differentiable(*packed[1:])
-        return packed
+        ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     @once_differentiable
@@ -117,12 +120,15 @@ class _PackFeatures(torch.autograd.Function):
         return _unpack(grad, *layout, grains, ctx.num_grains, False), None, None, None
 
 
-class _UnpackFeatures(torch.autograd.Function):
+class _UnpackFeatures(Function):
     @staticmethod
-    def forward(ctx, values, cu_seqlens, positions, grain_ids, grains, num_grains):
-        ctx.save_for_backward(cu_seqlens, positions, grain_ids, grains)
-        ctx.num_grains = num_grains
+    def forward(values, cu_seqlens, positions, grain_ids, grains, num_grains):
         return _unpack(values, cu_seqlens, positions, grain_ids, grains, num_grains, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, *layout, ctx.num_grains = inputs
+        ctx.save_for_backward(*layout)
 
     @staticmethod
     @once_differentiable
@@ -162,7 +168,7 @@ def pack(values: Tensor, grains: Tensor, *, order: str = "row", capacity: int | 
         capacity = B * Hf * Wf
     else:
         check_whole("capacity", capacity, 0)
-    if values.requires_grad and torch.is_grad_enabled():
+    if wants_gradient(values):
         return Packed(*_PackFeatures.apply(values, grains, order == "region", capacity))
     return Packed(*_pack(values, grains, order == "region", capacity))
 
@@ -205,7 +211,7 @@ def unpack(packed: Packed, grains: Tensor, *, num_grains: int = 2) -> Tensor:
             f"num_grains = {num_grains}, got {T}"
         )
     check_device("values", values, cu_seqlens=cu_seqlens, positions=positions, grain_ids=grain_ids, grains=grains)
-    if values.requires_grad and torch.is_grad_enabled():
+    if wants_gradient(values):
         return _UnpackFeatures.apply(values, cu_seqlens, positions, grain_ids, grains, num_grains)
     return _unpack(values, cu_seqlens, positions, grain_ids, grains, num_grains, True)
 

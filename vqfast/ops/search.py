@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vqfast.ops.checks import (
     check_choice,
@@ -18,6 +17,7 @@ from vqfast.ops.checks import (
 )
 from vqfast.ops.prepared import METRICS, PreparedCodebook, unit_vectors
 from vqfast.ops.reduction import ordered_sum
+from vqfast.ops.transforms import Function, once_differentiable
 
 _nearest = torch.ops.vqfast.nearest.default
 _nearest_counted = torch.ops.vqfast.nearest_counted.default
@@ -140,19 +140,22 @@ def _rotate_back(grad: Tensor, x: Tensor, quantized: Tensor) -> Tensor:
     return turned * (code_length / length.clamp(min=tiny))
 
 
-class _Lookup(torch.autograd.Function):
+class _Lookup(Function):
     """quantized and (codebook_weight + beta) ||x - code||^2 per vector, with the gradients of van den Oord et al."""
 
     @staticmethod
-    def forward(ctx, x, codebook, indices, estimator, beta, codebook_weight):
+    def forward(x, codebook, indices, estimator, beta, codebook_weight):
         quantized, error, counts = _lookup(x, codebook, indices)
+        return quantized, error * (beta + codebook_weight), counts
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, codebook, indices, ctx.estimator, ctx.beta, ctx.codebook_weight = inputs
         if any(ctx.needs_input_grad):
             # Half the memory between forward and backward, where the caller drops the indices.
             kept = indices.to(torch.int32) if codebook.shape[0] < 2**31 else indices
             ctx.save_for_backward(x, codebook, kept)
-        ctx.estimator, ctx.beta, ctx.codebook_weight = estimator, beta, codebook_weight
-        ctx.mark_non_differentiable(counts)
-        return quantized, error * (beta + codebook_weight), counts
+        ctx.mark_non_differentiable(output[2])
 
     @staticmethod
     @once_differentiable

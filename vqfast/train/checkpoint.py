@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vqfast.models.autoencoder import Autoencoder
 from vqfast.models.registry import AUTOENCODERS, build, kind_of
 from vqfast.train.errors import CheckpointError, RunError
-from vqfast.train.runs import FORMAT, Run, check_format, open_run, read_json, write_json
+from vqfast.train.runs import FORMAT, Run, check_format, open_run, read_json, run_of, write_json
 
 WEIGHTS, TRAINING, INDEX = "model.safetensors", "training.safetensors", "checkpoint.json"
 
@@ -37,6 +37,12 @@ class Checkpoint:
     step: int
     config: dict[str, Any]
     extra: dict[str, Any]
+
+
+def not_written(path: Path, error: OSError | SafetensorError) -> CheckpointError:
+    """What to raise where weights, or what goes with them, could not be written, as on a full disk."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return CheckpointError(f"{path}: cannot be written: {reason}")
 
 
 def save_checkpoint(
@@ -94,8 +100,7 @@ def save_checkpoint(
         _to_disk(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise CheckpointError(f"{final}: cannot be written: {reason}") from error
+        raise not_written(final, error) from error
     remove_unfinished(run)
     _keep(run, keep_last)
     return final
@@ -246,7 +251,7 @@ def load_autoencoder(run: Path | str, device: torch.device | str = "cpu") -> Aut
     """As `load_model`, of any kind that encodes images to a grid of codes."""
     found = open_run(run).kind
     if found not in AUTOENCODERS:
-        raise RunError(f"{run}: holds a {found} run, expected a {' or '.join(AUTOENCODERS)} run")
+        raise RunError(f"{run}: holds {run_of(found)}, expected {run_of(*AUTOENCODERS)}")
     return load_model(run, found, device)
 
 

@@ -67,7 +67,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulation", "log_every", "save_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "clip_norm", "eval_every", "workers", "explosion"):
+        for name in ("warmup", "weight_decay", "clip_norm", "eval_every", "workers", "explosion", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         for name in ("ema_decay", "beta1", "beta2"):

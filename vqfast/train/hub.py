@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from vqfast.models.registry import kind_of
-from vqfast.train.checkpoint import WEIGHTS, Checkpoint, check_sum, model_from, sha256
+from vqfast.train.checkpoint import WEIGHTS, Checkpoint, check_sum, model_from, not_written, sha256
 from vqfast.train.errors import RunError
 from vqfast.train.runs import FORMAT, check_format, read_json, write_json
 
@@ -48,6 +49,12 @@ class Pretrained(ModelHubMixin):
         return ModelCard(_card(self))
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        try:
+            self._write(save_directory)
+        except (OSError, SafetensorError) as error:
+            raise not_written(save_directory, error) from error
+
+    def _write(self, save_directory: Path) -> None:
         weights = save_directory / WEIGHTS
         save_file({name: t.detach().cpu().contiguous().clone() for name, t in self.model.state_dict().items()}, weights)
         described = {

@@ -27,6 +27,11 @@ class Run:
     info: dict[str, Any]
 
 
+def run_of(*kinds: str) -> str:
+    """ "a vqvae run", "an evaluate or sample run"."""
+    return f"{'an' if kinds[0][:1] in 'aeiou' else 'a'} {' or '.join(kinds)} run"
+
+
 def check_new(out: Path | str) -> Path:
     """Make sure that nothing is in the way of a new run, without touching the disk.
 
@@ -43,7 +48,7 @@ def check_new(out: Path | str) -> Path:
         hint = (
             "add --resume to continue it, or choose another --out" if "training" in run.info else "choose another --out"
         )
-        raise RunError(f"{out}: already holds a {run.kind} run; {hint}")
+        raise RunError(f"{out}: already holds {run_of(run.kind)}; {hint}")
     if any(out.iterdir()):
         raise RunError(f"{out}: exists, is not empty and is not a run; nothing was changed, choose another --out")
     return out
@@ -91,7 +96,7 @@ def open_run(path: Path | str, kind: str | None = None) -> Run:
     if not isinstance(found, str):
         raise RunError(f"{file}: not a description of a run")
     if kind is not None and found != kind:
-        raise RunError(f"{path}: holds a {found} run, expected a {kind} run")
+        raise RunError(f"{path}: holds {run_of(found)}, expected {run_of(kind)}")
     return Run(path, found, info)
 
 

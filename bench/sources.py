@@ -65,7 +65,7 @@ def source_files(contender: str, op: str, root: Path = ROOT) -> list[Path]:
     if contender not in _FOLDER:
         what = "triton" if contender.endswith("triton") else "reference"
         shared = ("fusion_triton.py", "philox_triton.py") if what == "triton" else ("philox.py",)
-        own = [root / "kernels" / op / f"{what}.py" for op in kernels]
+        own = [file for op in kernels for file in sorted((root / "kernels" / op).glob(f"*{what}.py"))]
         return [root / "kernels" / file for file in shared] + own + library
     mine = set().union(*(_FAMILIES[op] for op in kernels))
     files = library

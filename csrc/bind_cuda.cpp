@@ -113,6 +113,24 @@ void q_sample(uintptr_t x0, uintptr_t t, const py::tuple &tables, int64_t B, int
                             pointer<const int64_t>(key), pointer<int64_t>(x_t), device, pointer<void>(stream)));
 }
 
+void posterior(int dtype, uintptr_t logits, uintptr_t x_t, uintptr_t t, uintptr_t s, const py::tuple &tables, int64_t B,
+               int64_t L, int64_t K, bool marginal, uintptr_t log_p, int device, uintptr_t stream) {
+  const vqfast_levels levels = levels_of(tables);
+  check(vqfast_cuda_posterior((vqfast_dtype)dtype, pointer<const void>(logits), pointer<const int64_t>(x_t),
+                             pointer<const int64_t>(t), pointer<const int64_t>(s), levels, B, L, K, marginal,
+                             pointer<void>(log_p), device, pointer<void>(stream)));
+}
+
+void posterior_backward(int dtype, uintptr_t grad, uintptr_t logits, uintptr_t x_t, uintptr_t t, uintptr_t s,
+                        const py::tuple &tables, int64_t B, int64_t L, int64_t K, bool marginal, uintptr_t grad_logits,
+                        int device, uintptr_t stream) {
+  const vqfast_levels levels = levels_of(tables);
+  check(vqfast_cuda_posterior_backward((vqfast_dtype)dtype, pointer<const void>(grad), pointer<const void>(logits),
+                                      pointer<const int64_t>(x_t), pointer<const int64_t>(t),
+                                      pointer<const int64_t>(s), levels, B, L, K, marginal,
+                                      pointer<void>(grad_logits), device, pointer<void>(stream)));
+}
+
 void diffusion_loss(int dtype, uintptr_t logits, uintptr_t x0, uintptr_t x_t, uintptr_t t, uintptr_t s,
                     const py::tuple &tables, int64_t B, int64_t L, int64_t K, uintptr_t scale, bool marginal,
                     double aux_weight, uintptr_t loss, uintptr_t grad, int device, uintptr_t stream) {
@@ -223,6 +241,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("codebook_stats_scratch", &codebook_stats_scratch);
   m.def("codebook_stats", &codebook_stats);
   m.def("q_sample", &q_sample);
+  m.def("posterior", &posterior);
+  m.def("posterior_backward", &posterior_backward);
   m.def("diffusion_loss", &diffusion_loss);
   m.def("scale_rows", &scale_rows);
   m.def("p_sample", &p_sample);

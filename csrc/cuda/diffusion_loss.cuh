@@ -8,16 +8,6 @@
 
 namespace vqfast {
 
-// All codes but two.
-struct OtherCodes {
-  unsigned first, second;
-
-  template <typename R>
-  __device__ __forceinline__ bool operator()(R, unsigned code) const {
-    return code != first && code != second;
-  }
-};
-
 // Two sums at once.
 template <typename R>
 struct Pair {
@@ -97,14 +87,6 @@ __device__ RowToken<R> row_token(const LossArguments<T> &args, int64_t row) {
     x.logit_x_t = x.token.apart ? widen(logits[x_t]) : 0;
   }
   return x;
-}
-
-template <typename T, int V>
-__device__ void fill_row(T *row, int K, accumulate_t<T> value) {
-  accumulate_t<T> values[V];
-#pragma unroll
-  for (int j = 0; j < V; ++j) values[j] = value;
-  for (unsigned k = threadIdx.x * V; k < (unsigned)K; k += blockDim.x * V) store<T, V>(row + k, values);
 }
 
 template <typename T, int V>

@@ -35,6 +35,23 @@ struct ScoreSource {
   }
 };
 
+struct AllCodes {
+  template <typename R>
+  __device__ __forceinline__ bool operator()(R, unsigned) const {
+    return true;
+  }
+};
+
+// All codes but two.
+struct OtherCodes {
+  unsigned first, second;
+
+  template <typename R>
+  __device__ __forceinline__ bool operator()(R, unsigned code) const {
+    return code != first && code != second;
+  }
+};
+
 // Weighs: says of a score and its code whether it has a weight at all.
 template <typename T, int V, typename Weighs>
 class SoftmaxRow {
@@ -45,26 +62,36 @@ class SoftmaxRow {
   // kept: shared memory as launch.h's softmax_plan sizes it, or null.
   __device__ SoftmaxRow(const ScoreSource<T> &source, int K, R *kept) : source_(source), K_((unsigned)K), kept_(kept) {}
 
-  __device__ R largest() {
+  // Of this thread's part, of the codes that `among` names.
+  template <typename Among = AllCodes>
+  __device__ R largest(const Among &among = {}) {
     R largest = -INFINITY;
     visit([&](unsigned first, unsigned slot) {
       R values[V];
       source_.template read<V>(first, values);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        largest = Max()(largest, values[j]);
+        if (among(values[j], first + j)) largest = Max()(largest, values[j]);
         if (kept_) kept_[(slot + j) * blockDim.x + threadIdx.x] = values[j];
       }
     });
     return largest;
   }
 
-  // body(code, score): this thread's codes in order. After largest(), before weigh().
+  // body(first code, scores): this thread's vectors in order. After largest(), before weigh().
   template <typename Body>
-  __device__ __forceinline__ void for_each_score(Body body) const {
+  __device__ __forceinline__ void for_each_scores(Body body) const {
     visit([&](unsigned first, unsigned slot) {
       R scores[V];
       read(first, slot, scores);
+      body(first, scores);
+    });
+  }
+
+  // body(code, score): the same, code by code.
+  template <typename Body>
+  __device__ __forceinline__ void for_each_score(Body body) const {
+    for_each_scores([&](unsigned first, const R(&scores)[V]) {
 #pragma unroll
       for (int j = 0; j < V; ++j) body(first + j, scores[j]);
     });
@@ -153,6 +180,15 @@ class SoftmaxRow {
   R largest_ = 0, inverse_temperature_ = 1;
   Weighs weighs_ = {};
 };
+
+// A row of one value, each code written by its owner.
+template <typename T, int V>
+__device__ void fill_row(T *row, int K, accumulate_t<T> value) {
+  accumulate_t<T> values[V];
+#pragma unroll
+  for (int j = 0; j < V; ++j) values[j] = value;
+  for (unsigned k = threadIdx.x * V; k < (unsigned)K; k += blockDim.x * V) store<T, V>(row + k, values);
+}
 
 // An index that is out of range is brought into it: a kernel cannot raise.
 __device__ __forceinline__ int64_t clamp_index(int64_t i, int64_t size) { return i < 0 ? 0 : min(i, size - 1); }

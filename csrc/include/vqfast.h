@@ -200,6 +200,14 @@ int vqfast_cuda_codebook_stats(vqfast_dtype dtype, vqfast_rows x, int64_t D, con
 int vqfast_cuda_q_sample(const int64_t *x0, const int64_t *t, vqfast_levels levels, int64_t B, int64_t L, int64_t K,
                          const int64_t *key, int64_t *x_t, int device, void *stream);
 
+int vqfast_cuda_posterior(vqfast_dtype dtype, const void *logits, const int64_t *x_t, const int64_t *t,
+                          const int64_t *s, vqfast_levels levels, int64_t B, int64_t L, int64_t K, int marginal,
+                          void *log_p, int device, void *stream);
+
+int vqfast_cuda_posterior_backward(vqfast_dtype dtype, const void *grad, const void *logits, const int64_t *x_t,
+                                   const int64_t *t, const int64_t *s, vqfast_levels levels, int64_t B, int64_t L,
+                                   int64_t K, int marginal, void *grad_logits, int device, void *stream);
+
 int vqfast_cuda_diffusion_loss(vqfast_dtype dtype, const void *logits, const int64_t *x0, const int64_t *x_t,
                                const int64_t *t, const int64_t *s, vqfast_levels levels, int64_t B, int64_t L,
                                int64_t K, const double *scale, int marginal, double aux_weight, void *loss, void *grad,

@@ -19,6 +19,8 @@ BOUNDS = {
     "stats_scan_codes": (1024, 1),
     "stats_sum": (256, 4),
     "diffusion_loss_rows": (512, 1),
+    "posterior_rows": (512, 1),
+    "posterior_backward_rows": (512, 1),
     "p_sample_rows": (512, 1),
     "pack": (256, 2),
     "unpack": (256, 2),
@@ -90,6 +92,7 @@ def test_every_target_has_every_kernel(usage, extension):
         ("nearest_scores", 8), ("nearest_exact", 4), ("nearest_tensor_scores", 2), ("nearest_choose", 4),
         ("nearest_tensor_rows", 4), ("nearest_tensor_codes", 4), ("lookup_rows", 4), ("lookup_tiles", 4),
         ("lookup_backward_rows", 4), ("lookup_backward_tiles", 4), ("stats_sum", 4), ("diffusion_loss_rows", 8),
+        ("posterior_rows", 8), ("posterior_backward_rows", 8),
         ("scale_rows", 8), ("q_sample_tokens", 1), ("p_sample_rows", 8),
         ("pack_rows", 1), ("pack_cells", 4), ("pack_tail", 4), ("unpack_slots", 1), ("unpack_grid", 8),
         ("unpack_sum", 8), ("position_mask", 1), ("grain_entropy", 4),
@@ -132,6 +135,8 @@ def test_memory_is_read_and_written_16_bytes_at_a_time(instructions):
     for kernel in [
         "lookup_rows<float>", "lookup_rows<bf16>", "lookup_backward_rows<f16>", "diffusion_loss_rows<float, 4>",
         "diffusion_loss_rows<bf16, 8>", "diffusion_loss_rows<double, 2>", "scale_rows<bf16, 8>",
+        "posterior_rows<float, 4>", "posterior_rows<bf16, 8>", "posterior_backward_rows<float, 4>",
+        "posterior_backward_rows<bf16, 8>",
     ]:  # fmt: skip
         assert re.search(r"LDG\.E\.\S*128", instructions[kernel]), kernel
         assert re.search(r"STG\.E\.\S*128", instructions[kernel]), kernel

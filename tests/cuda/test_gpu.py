@@ -152,6 +152,13 @@ def _diffused(logits):
     return 3 * vqfast.ops.diffusion_loss(logits, x0, x_t, 5, CHAIN, aux_weight=0.1)
 
 
+def _predicted(logits):
+    B, L, K = logits.shape
+    x_t = torch.arange(0, 7 * B * L, 7, device=logits.device).view(B, L) % K
+    log_p = vqfast.ops.posterior(logits, x_t, 5, 3, CHAIN, rule="marginal")
+    return (log_p * torch.linspace(-1, 1, K, device=logits.device, dtype=logits.dtype)).sum()
+
+
 def _repacked(x):
     grains = (torch.arange(2 * 4 * 4, device="cuda") % 2).view(2, 4, 4)
     packed = vqfast.ops.pack(x, grains)
@@ -160,6 +167,7 @@ def _repacked(x):
 
 DIFFERENTIABLE = {
     **{f"quantize-{name}": (_quantized(name), (200, 16), (40, 16)) for name in ("ste", "rotation", "none")},
+    "posterior": (_predicted, (3, 7, 50)),
     "diffusion_loss": (_diffused, (3, 7, 50)),
     "unpack": (_repacked, (2, 8, 8, 5)),
 }

@@ -145,6 +145,18 @@ const std::map<std::string, void (*)(const Call &)> kLaunchers = {
        run(vqfast_cuda_q_sample(c.at<int64_t>(0), c.at<int64_t>(1), c.levels(0, 2, true), c.ints[2], c.ints[3],
                                 c.ints[4], c.at<int64_t>(5), c.at<int64_t>(6), kDevice, nullptr));
      }},
+    {"posterior",
+     [](const Call &c) {
+       run(vqfast_cuda_posterior(c.dtype(), c.buffers[0], c.at<int64_t>(1), c.at<int64_t>(2), c.at<int64_t>(3),
+                                 c.levels(1, 4, false), c.ints[3], c.ints[4], c.ints[5], (int)c.ints[6], c.buffers[6],
+                                 kDevice, nullptr));
+     }},
+    {"posterior_backward",
+     [](const Call &c) {
+       run(vqfast_cuda_posterior_backward(c.dtype(), c.buffers[0], c.buffers[1], c.at<int64_t>(2), c.at<int64_t>(3),
+                                          c.at<int64_t>(4), c.levels(1, 5, false), c.ints[3], c.ints[4], c.ints[5],
+                                          (int)c.ints[6], c.buffers[7], kDevice, nullptr));
+     }},
     {"diffusion_loss",
      [](const Call &c) {
        run(vqfast_cuda_diffusion_loss(c.dtype(), c.buffers[0], c.at<int64_t>(1), c.at<int64_t>(2), c.at<int64_t>(3),

@@ -241,6 +241,25 @@ def q_sample(x0: Tensor, t: Tensor, levels: Tensor, noise: Tensor | None, codebo
     return Call("q_sample", [*sizes, *x0.shape, codebook_size], [], buffers)
 
 
+def posterior(
+    logits: Tensor, x_t: Tensor, t: Tensor, s: Tensor, levels: Tensor, noise: Tensor | None, marginal: bool
+) -> Call:
+    sizes, tables = _levels(levels, noise)
+    integers = [DTYPE[logits.dtype], *sizes, *logits.shape, marginal]
+    shape = (*logits.shape[:2], logits.shape[2] + levels.shape[1] - 1)
+    return Call("posterior", integers, [], [logits, x_t, t, s, *tables[:2], Written(shape, logits.dtype)])
+
+
+def posterior_backward(
+    grad: Tensor, logits: Tensor, x_t: Tensor, t: Tensor, s: Tensor, levels: Tensor, noise: Tensor | None,
+    marginal: bool,
+) -> Call:  # fmt: skip
+    sizes, tables = _levels(levels, noise)
+    integers = [DTYPE[logits.dtype], *sizes, *logits.shape, marginal]
+    buffers = [grad, logits, x_t, t, s, *tables[:2], Written(logits.shape, logits.dtype)]
+    return Call("posterior_backward", integers, [], buffers)
+
+
 def diffusion_loss(
     logits: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor, levels: Tensor, noise: Tensor | None,
     scale: Tensor, marginal: bool, aux_weight: float, with_grad: bool,
@@ -358,6 +377,8 @@ CALLS = {
     "lookup_backward": lookup_backward,
     "codebook_stats": codebook_stats,
     "q_sample": q_sample,
+    "posterior": posterior,
+    "posterior_backward": posterior_backward,
     "diffusion_loss": diffusion_loss,
     "p_sample": p_sample,
     "matrix_loss": matrix_loss,

@@ -80,6 +80,16 @@ RACE_SHAPES = {
     "lookup_backward": (dict(N=70, K=5, D=40, masked=True), dict(N=70, K=5, D=37)),
     "codebook_stats": (dict(N=300, K=3, D=5, weighted=True), dict(N=70, K=40, D=37, masked=True)),
     "q_sample": (dict(B=3, L=16, K=32, T=10), dict(B=3, L=16, K=32, T=10, family="marginal")),
+    "posterior": (
+        dict(B=2, L=2, K=524, T=10, marginal=True),
+        dict(B=1, L=3, K=131, T=10, family="marginal", step=3),
+        dict(B=2, L=3, K=131, T=10, step=4, family="absorbing"),
+    ),
+    "posterior_backward": (
+        dict(B=2, L=2, K=524, T=10, marginal=True),
+        dict(B=1, L=3, K=131, T=10, family="marginal", step=3),
+        dict(B=2, L=3, K=131, T=10, step=4, family="absorbing"),
+    ),
     "diffusion_loss": (
         dict(B=2, L=2, K=524, T=10),
         dict(B=1, L=2, K=131, T=10, family="marginal", marginal=True, aux_weight=0.1),
@@ -370,7 +380,7 @@ class TestPacking:
         SPEC["unpack_backward"].check(run_one(simulator.unpack_backward(*args))[0], args)
 
 
-@pytest.mark.parametrize("op", ["diffusion_loss", "p_sample"])
+@pytest.mark.parametrize("op", ["diffusion_loss", "posterior", "posterior_backward", "p_sample"])
 def test_rows_that_do_not_fit_in_shared_memory_are_read_again_with_the_same_result(op):
     spec = SPEC[op]
     shapes = [dict(shape) | {"L": min(shape["L"], 6)} for shape in spec.test_shapes[3:]]
@@ -386,6 +396,8 @@ def test_rows_that_do_not_fit_in_shared_memory_are_read_again_with_the_same_resu
     ("op", "shape"),
     [
         ("diffusion_loss", dict(B=1, L=1, K=12288, T=4)),
+        ("posterior", dict(B=1, L=1, K=12288, T=4)),
+        ("posterior_backward", dict(B=1, L=1, K=12288, T=4)),
         ("p_sample", dict(B=1, L=1, K=12288, T=4)),
         ("matrix_loss", dict(B=1, L=2, K=170, T=2)),
     ],
@@ -453,6 +465,88 @@ class TestDiffusionLoss:
                 sample = simulator.p_sample(logits, None, *step, None, True, 1.0, 1.0, 2, 0.9, random_key("cpu", 1))
                 [x_s] = run_one(sample)
                 assert x_s.min() >= 0 and x_s.max() < K + levels.shape[1] - 1
+
+
+class TestPosterior:
+    @staticmethod
+    def assert_match_the_reference(cases: list[tuple], **device) -> None:
+        """cases: arguments of `posterior`; its gradient is that of a random vector."""
+        backward = []
+        for case in cases:
+            B, L, K = case[0].shape
+            g = torch.Generator().manual_seed(K)
+            grad = torch.randn(B, L, K + case[4].shape[1] - 1, generator=g).to(case[0].dtype)
+            backward.append((grad, *case))
+        for op, arguments in (("posterior", cases), ("posterior_backward", backward)):
+            results = simulator.run([simulator.CALLS[op](*args) for args in arguments], **device)
+            for args, written in zip(arguments, results, strict=True):
+                SPEC[op].check(simulator.result(op, written), args)
+
+    @pytest.mark.parametrize("family", ["uniform", "absorbing", "mask_and_replace", "marginal"])
+    def test_the_logarithm_of_a_one_hot_is_the_true_x0(self, family):
+        cases = []
+        for K, step in ((12, 1), (12, 3), (12, 10), (1, 1)):
+            x0, *tokens = noised(dict(B=3, L=6, K=K, T=10, family=family, step=step), "cpu", 7)
+            one_hot = torch.nn.functional.one_hot(x0, K).log()
+            cases += [(one_hot.to(dtype), *tokens, rule) for dtype in DTYPES for rule in (False, True)]
+        self.assert_match_the_reference(cases)
+
+    def test_codes_that_no_noise_gives_keep_probabilities_below_float32(self):
+        x0, x_t, t, s, levels, noise = noised(dict(B=3, L=6, K=40, T=10, family="marginal"), "cpu", 8)
+        noise[::2] = 0
+        x_t[:] = torch.randint(40, x_t.shape, generator=torch.Generator().manual_seed(1)) // 2 * 2 + 1
+        logits = torch.randn(3, 6, 40, generator=torch.Generator().manual_seed(2))
+        logits[..., :8] -= 300
+        self.assert_match_the_reference([(logits, x_t, t, s, levels, noise / noise.sum(), rule) for rule in (0, 1)])
+
+    @pytest.mark.parametrize("logit", [-200.0, 60.0, 110.0, 200.0])
+    def test_a_shift_may_take_the_largest_logit_below_all_others(self, logit):
+        """A code that noise hardly ever gives: by the marginal rule some 138 less."""
+        noise = torch.tensor([1e-60, 0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+        levels = torch.tensor([[1.0], [0.9], [0.5], [0.1]], dtype=torch.float64)
+        x_t, t = torch.zeros(2, 2, dtype=torch.int64), torch.tensor([2, 3])
+        logits = torch.randn(2, 2, 5, generator=torch.Generator().manual_seed(3))
+        logits[..., 0] = logit
+        self.assert_match_the_reference(
+            [(logits.to(dtype), x_t, t, s, levels, noise, True) for dtype in DTYPES for s in (t - 1, t * 0)]
+        )
+
+    def test_many_codes(self):
+        shapes = [dict(B=1, L=1, K=50257, T=10, family=family) for family in ("uniform", "mask_and_replace")]
+        cases = [SPEC["posterior"].inputs(shape, torch.float32, "cpu", 9) for shape in shapes]
+        for device in (dict(), dict(shared_bytes=99 << 10)):
+            self.assert_match_the_reference(cases, **device)
+
+    def test_logits_that_are_not_numbers_spoil_their_row_alone(self):
+        for family in ("uniform", "absorbing"):
+            logits, x_t, *rest = SPEC["posterior"].inputs(
+                dict(B=2, L=6, K=8, T=10, family=family), torch.float32, "cpu", 10
+            )
+            logits[:, 0], logits[:, 1, 3], logits[:, 2] = torch.nan, torch.nan, -torch.inf
+            logits[:, 3, 5] = torch.inf
+            logits[0, 4].scatter_(-1, x_t[0, 4:5].clamp(max=7), torch.nan)
+            self.assert_match_the_reference([(logits, x_t, *rest)])
+
+    def test_tokens_that_are_certain_read_no_logits(self):
+        levels = torch.tensor([[1.0, 0.0], [0.6, 0.4], [0.2, 0.8]], dtype=torch.float64)
+        x_t = torch.arange(30).view(2, 15)
+        step = (x_t, torch.tensor([2, 1]), torch.tensor([1, 0]), levels, None, True)
+        log_p = simulator.posterior(torch.zeros(2, 15, 30), *step)
+        log_p.buffers[0] = torch.zeros(1)
+        assert torch.equal(run_one(log_p)[0], torch.nn.functional.one_hot(x_t, 31).log())
+        gradient = simulator.posterior_backward(torch.zeros(2, 15, 31), torch.zeros(2, 15, 30), *step)
+        gradient.buffers[:2] = [torch.zeros(1)] * 2
+        assert not run_one(gradient)[0].any()
+
+    def test_levels_and_codes_out_of_range_stay_within_memory(self):
+        x_t = torch.tensor([[5, -1], [1 << 40, -(1 << 63)]])
+        t, s = torch.tensor([99, -5]), torch.tensor([-3, 1 << 50])
+        alpha_bar = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
+        for levels in (alpha_bar[:, None], torch.stack([alpha_bar, 0.7 * (1 - alpha_bar)], dim=1)):
+            for K in (4, 5):
+                args = (torch.randn(2, 2, K), x_t, t, s, levels, None, True)
+                run_one(simulator.posterior(*args))
+                run_one(simulator.posterior_backward(torch.randn(2, 2, K + levels.shape[1] - 1), *args))
 
 
 class TestPSample:

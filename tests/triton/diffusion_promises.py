@@ -7,7 +7,7 @@ from tests.triton.interpreter_cases import generator, promise
 from vqfast import ops
 
 
-def _step(K: int, L: int = 6) -> tuple[Tensor, tuple]:
+def reverse_step(K: int, L: int = 6) -> tuple[Tensor, tuple]:
     """logits, and x_t, t, s, levels, noise of two samples, t = 3 of 5 and t = 1, uniform noise."""
     logits = torch.randn(2, L, K, generator=generator())
     x_t = torch.randint(K, (2, L), generator=generator(1))
@@ -40,7 +40,7 @@ def _loss(
 
 @promise("sampling")
 def p_sample_keeps_x_t_where_the_logits_are_not_numbers() -> None:
-    logits, step = _step(40)
+    logits, step = reverse_step(40)
     x_t = step[0]
     logits[0] = torch.nan
     logits[1, 0, 3], logits[1, 1, 5] = torch.nan, torch.inf
@@ -53,7 +53,7 @@ def p_sample_keeps_x_t_where_the_logits_are_not_numbers() -> None:
 @promise("sampling")
 def p_sample_at_level_0_draws_codes_that_have_a_probability() -> None:
     for K in (37, 5000):
-        logits, (x_t, t, s, *tables) = _step(K)
+        logits, (x_t, t, s, *tables) = reverse_step(K)
         allowed = torch.zeros(K, dtype=torch.bool)
         allowed[K // 2 :: 3] = True
         logits[..., ~allowed] = -torch.inf
@@ -66,7 +66,7 @@ def p_sample_at_level_0_draws_codes_that_have_a_probability() -> None:
 def p_sample_takes_any_temperature() -> None:
     from vqfast.kernels.p_sample.spec import check
 
-    logits, step = _step(33)
+    logits, step = reverse_step(33)
     for temperature in (1e-300, 1e-3, 1e6, 1e300):
         for dtype in (torch.float64, torch.float32):
             check(*_draw(logits.to(dtype), step, temperature=temperature))
@@ -107,7 +107,7 @@ def logits_that_are_not_needed_are_not_read() -> None:
 
 @promise("diffusion")
 def logits_of_any_strides_give_the_same() -> None:
-    logits, step = _step(50)
+    logits, step = reverse_step(50)
     x0 = torch.randint(50, step[0].shape, generator=generator(3))
     channel_first = logits.transpose(1, 2).contiguous().transpose(1, 2)
     wide = torch.cat([logits, logits], dim=-1)[..., :50]
@@ -127,7 +127,7 @@ def logits_of_any_strides_give_the_same() -> None:
 def a_loss_in_blocks_equals_a_loss_in_registers() -> None:
     from vqfast.kernels.diffusion_loss import triton
 
-    logits, step = _step(700)
+    logits, step = reverse_step(700)
     x_t = step[0]
     logits[0, 0, :600] = -torch.inf
     logits[0, 1] = -torch.inf
@@ -161,7 +161,7 @@ def a_small_loss_has_as_many_digits_as_a_large_one() -> None:
 
 @promise("diffusion")
 def a_code_without_probability_costs_infinitely_much_and_no_more() -> None:
-    logits, step = _step(9)
+    logits, step = reverse_step(9)
     x0 = (step[0] + 1) % 9
     logits.scatter_(-1, x0[..., None], -torch.inf)
     loss, grad = _loss(logits, x0, step)
@@ -171,7 +171,7 @@ def a_code_without_probability_costs_infinitely_much_and_no_more() -> None:
 
 @promise("diffusion")
 def a_step_without_noise_costs_nothing() -> None:
-    logits, (x_t, *_) = _step(9)
+    logits, (x_t, *_) = reverse_step(9)
     alpha_bar = torch.tensor([1.0, 1.0, 0.5, 0.5, 0.1, 0.0], dtype=torch.float64)
     step = (x_t, torch.tensor([3, 1]), torch.tensor([2, 0]), alpha_bar[:, None], None)
     for loss_or_grad in _loss(logits, x_t, step):
@@ -180,7 +180,7 @@ def a_step_without_noise_costs_nothing() -> None:
 
 @promise("diffusion")
 def a_loss_without_gradient_writes_none() -> None:
-    logits, step = _step(9)
+    logits, step = reverse_step(9)
     loss, grad = _loss(logits, step[0], step, with_grad=False)
     assert grad.shape == (0,)
     assert torch.equal(loss, _loss(logits, step[0], step)[0])
@@ -203,7 +203,7 @@ def rows_are_scaled_in_place() -> None:
 
 @promise("diffusion")
 def diffusion_loss_has_the_gradient_of_autograd() -> None:
-    logits, (x_t, t, s, levels, _) = _step(20)
+    logits, (x_t, t, s, levels, _) = reverse_step(20)
     x0 = torch.randint(20, x_t.shape, generator=generator(3))
     logits = logits.double().requires_grad_()
     transition = ops.Uniform(20, levels[:, 0])

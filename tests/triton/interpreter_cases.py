@@ -10,6 +10,7 @@ from vqfast.kernels.specs import SPECS
 CASES: dict[str, dict[str, Callable[[], None]]] = {
     "search": {},
     "statistics": {},
+    "posterior": {},
     "diffusion": {},
     "sampling": {},
     "matrices": {},
@@ -20,6 +21,8 @@ GROUP = {
     "lookup": "search",
     "lookup_backward": "search",
     "codebook_stats": "statistics",
+    "posterior": "posterior",
+    "posterior_backward": "posterior",
     "q_sample": "diffusion",
     "diffusion_loss": "diffusion",
     "p_sample": "sampling",
@@ -50,7 +53,8 @@ def _programs(op: str, shape: dict) -> int:
 # A program a token, or a row that its scores leave open, many of the interpreter's calls each: of this many, in float32
 # and in other dtypes.
 _TOKENS = {
-    "diffusion_loss": (12, 4), "p_sample": (16, 4), "nearest": (12, 6), "matrix_loss": (36, 6), "matrix_sample": (36, 6)
+    "posterior": (12, 4), "posterior_backward": (12, 4), "diffusion_loss": (12, 4), "p_sample": (16, 4),
+    "nearest": (12, 6), "matrix_loss": (36, 6), "matrix_sample": (36, 6),
 }  # fmt: skip
 
 

@@ -42,6 +42,8 @@ INSTRUCTIONS = {
     "_lookup_kernel": (set(), {"DFMA", "DADD"}),
     "_lookup_backward_kernel": (set(), {"DFMA", "DADD"}),
     "_diffusion_loss_kernel": ({"MUFU"}, set()),
+    "_posterior_kernel": ({"MUFU"}, set()),
+    "_posterior_backward_kernel": ({"MUFU"}, set()),
     "_p_sample_kernel": ({"MUFU"}, set()),
     # Integer arithmetic but for the comparisons.
     "_q_sample_kernel": ({"IMAD"}, {"DFMA", "HMMA"}),
@@ -53,6 +55,18 @@ SHAPES = {
     "lookup_backward": [dict(N=64, K=32, D=65)],
     "codebook_stats": [dict(N=4000, K=32, D=256, weighted=True)],
     "q_sample": [dict(B=2, L=8, K=32, T=10), dict(B=2, L=8, K=32, T=10, family="marginal")],
+    "posterior": [
+        dict(B=1, L=2, K=1024, T=10),
+        dict(B=1, L=2, K=5000, T=10),
+        dict(B=1, L=2, K=1024, T=10, family="mask_and_replace", marginal=True),
+        dict(B=1, L=2, K=4096, T=10, family="marginal", marginal=True),
+    ],
+    "posterior_backward": [
+        dict(B=1, L=2, K=1024, T=10),
+        dict(B=1, L=2, K=5000, T=10),
+        dict(B=1, L=2, K=1024, T=10, family="mask_and_replace", marginal=True),
+        dict(B=1, L=2, K=4096, T=10, family="marginal", marginal=True),
+    ],
     "diffusion_loss": [
         dict(B=1, L=2, K=1024, T=10),
         dict(B=1, L=2, K=5000, T=10),

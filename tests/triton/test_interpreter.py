@@ -18,7 +18,7 @@ from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # of the process that interprets
 
-from tests.triton import diffusion_promises, search_promises  # noqa: F401  (they add theirs)
+from tests.triton import diffusion_promises, posterior_promises, search_promises  # noqa: F401  (they add theirs)
 from tests.triton.interpreter_cases import CASES, GROUP
 from vqfast.kernels.specs import SPECS
 from vqfast.ops.backends.triton import KERNELS

@@ -80,6 +80,8 @@ class CompiledKernels:
             "lookup_backward": self.lookup_backward,
             "codebook_stats": self.codebook_stats,
             "q_sample": self.q_sample,
+            "posterior": self.posterior,
+            "posterior_backward": self.posterior_backward,
             "diffusion_loss": self.diffusion_loss,
             "scale_rows_": self.scale_rows_,
             "p_sample": self.p_sample,

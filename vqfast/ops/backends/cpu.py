@@ -156,8 +156,6 @@ KERNELS = _COMPILED.kernels() | {
     "nearest": _nearest,
     "nearest_prepare": _nearest_prepare,
     "residual_nearest": _residual_nearest,
-    "posterior": _COMPILED.posterior,
-    "posterior_backward": _COMPILED.posterior_backward,
     "transition_matmul": on_chain(partial(by_samples, multiply=_multiply)),
     "dynamic_lookup": _dynamic_lookup,
     "dynamic_lookup_backward": _dynamic_lookup_backward,

@@ -126,6 +126,18 @@ def _q_sample(x0: Tensor, *rest: Any) -> Tensor:
     return q_sample(x0, *rest)
 
 
+def _posterior(logits: Tensor, *rest: Any) -> Tensor:
+    from vqfast.kernels.posterior.rows_triton import posterior
+
+    return posterior(logits, *rest)
+
+
+def _posterior_backward(grad: Tensor, *rest: Any) -> Tensor:
+    from vqfast.kernels.posterior.rows_triton import posterior_backward
+
+    return posterior_backward(grad, *rest)
+
+
 def _diffusion_loss(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     from vqfast.kernels.diffusion_loss.triton import diffusion_loss
 
@@ -202,6 +214,8 @@ KERNELS = {
     "lookup_backward": _on_its_device(_lookup_backward),
     "codebook_stats": _on_its_device(_codebook_stats),
     "q_sample": _on_its_device(_q_sample),
+    "posterior": _on_its_device(_posterior),
+    "posterior_backward": _on_its_device(_posterior_backward),
     "diffusion_loss": _on_its_device(_diffusion_loss),
     "scale_rows_": _on_its_device(_scale_rows_),
     "p_sample": _on_its_device(_p_sample),

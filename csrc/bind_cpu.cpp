@@ -36,8 +36,12 @@ T *pointer(uintptr_t address) {
 
 // A (batch, rows, D) view: address, batch, rows and three strides in elements, as layout.py gives them.
 vqfast_rows rows(const py::tuple &view) {
-  return {pointer<const void>(view[0].cast<uintptr_t>()), view[1].cast<int64_t>(), view[2].cast<int64_t>(),
-          view[3].cast<int64_t>(),                         view[4].cast<int64_t>(), view[5].cast<int64_t>()};
+  return {pointer<const void>(view[0].cast<uintptr_t>()),
+          view[1].cast<int64_t>(),
+          view[2].cast<int64_t>(),
+          view[3].cast<int64_t>(),
+          view[4].cast<int64_t>(),
+          view[5].cast<int64_t>()};
 }
 
 int64_t nearest(int dtype, int metric, bool exact, const py::tuple &x, int64_t heads, int64_t stride_head, int64_t D,
@@ -75,8 +79,7 @@ void residual_nearest(int dtype, const py::tuple &x, int64_t D, uintptr_t codebo
   const vqfast_rows view = rows(x);
   py::gil_scoped_release release;
   check(vqfast_cpu_residual_nearest((vqfast_dtype)dtype, view, D, pointer<const void>(codebooks), Q, stride_stage, K,
-                                    pointer<const uint8_t>(mask), pointer<int64_t>(indices),
-                                    pointer<void>(quantized)));
+                                    pointer<const uint8_t>(mask), pointer<int64_t>(indices), pointer<void>(quantized)));
 }
 
 void lookup(int dtype, const py::tuple &x, int64_t D, uintptr_t codebook, int64_t K, uintptr_t indices,
@@ -134,9 +137,8 @@ void posterior_backward(int dtype, uintptr_t grad, uintptr_t logits, uintptr_t x
   const vqfast_levels levels = levels_of(tables);
   py::gil_scoped_release release;
   check(vqfast_cpu_posterior_backward((vqfast_dtype)dtype, pointer<const void>(grad), pointer<const void>(logits),
-                                      pointer<const int64_t>(x_t), pointer<const int64_t>(t),
-                                      pointer<const int64_t>(s), levels, B, L, K, marginal,
-                                      pointer<void>(grad_logits)));
+                                      pointer<const int64_t>(x_t), pointer<const int64_t>(t), pointer<const int64_t>(s),
+                                      levels, B, L, K, marginal, pointer<void>(grad_logits)));
 }
 
 void diffusion_loss(int dtype, uintptr_t logits, uintptr_t x0, uintptr_t x_t, uintptr_t t, uintptr_t s,
@@ -204,8 +206,8 @@ void pack(int64_t element_bytes, const py::tuple &values, int64_t D, uintptr_t g
           uintptr_t positions, uintptr_t grain_ids) {
   const vqfast_rows view = rows(values);
   py::gil_scoped_release release;
-  check(vqfast_cpu_pack(element_bytes, view, D, pointer<const int64_t>(grains), B, Hc, Wc, num_grains, region,
-                        capacity, pointer<void>(packed), pointer<int32_t>(cu_seqlens), pointer<int64_t>(positions),
+  check(vqfast_cpu_pack(element_bytes, view, D, pointer<const int64_t>(grains), B, Hc, Wc, num_grains, region, capacity,
+                        pointer<void>(packed), pointer<int32_t>(cu_seqlens), pointer<int64_t>(positions),
                         pointer<int64_t>(grain_ids)));
 }
 
@@ -214,9 +216,9 @@ void unpack(int64_t element_bytes, const py::tuple &packed, int64_t D, uintptr_t
             bool replicate, uintptr_t grid) {
   const vqfast_rows view = rows(packed);
   py::gil_scoped_release release;
-  check(vqfast_cpu_unpack(element_bytes, view, D, pointer<const int32_t>(cu_seqlens),
-                          pointer<const int64_t>(positions), pointer<const int64_t>(grain_ids),
-                          pointer<const int64_t>(grains), B, Hc, Wc, num_grains, replicate, pointer<void>(grid)));
+  check(vqfast_cpu_unpack(element_bytes, view, D, pointer<const int32_t>(cu_seqlens), pointer<const int64_t>(positions),
+                          pointer<const int64_t>(grain_ids), pointer<const int64_t>(grains), B, Hc, Wc, num_grains,
+                          replicate, pointer<void>(grid)));
 }
 
 void unpack_backward(int dtype, const py::tuple &grad, int64_t D, uintptr_t cu_seqlens, uintptr_t positions,
@@ -226,8 +228,7 @@ void unpack_backward(int dtype, const py::tuple &grad, int64_t D, uintptr_t cu_s
   py::gil_scoped_release release;
   check(vqfast_cpu_unpack_backward((vqfast_dtype)dtype, view, D, pointer<const int32_t>(cu_seqlens),
                                    pointer<const int64_t>(positions), pointer<const int64_t>(grain_ids), T,
-                                   pointer<const int64_t>(grains), B, Hc, Wc, num_grains,
-                                   pointer<void>(grad_packed)));
+                                   pointer<const int64_t>(grains), B, Hc, Wc, num_grains, pointer<void>(grad_packed)));
 }
 
 void dynamic_lookup(int dtype, const py::tuple &features, int64_t D, uintptr_t codebook, int64_t K, uintptr_t indices,

@@ -53,8 +53,12 @@ T *pointer(uintptr_t address) {
 
 // A (batch, rows, D) view: address, batch, rows and three strides in elements, as layout.py gives them.
 vqfast_rows rows(const py::tuple &view) {
-  return {pointer<const void>(view[0].cast<uintptr_t>()), view[1].cast<int64_t>(), view[2].cast<int64_t>(),
-          view[3].cast<int64_t>(),                         view[4].cast<int64_t>(), view[5].cast<int64_t>()};
+  return {pointer<const void>(view[0].cast<uintptr_t>()),
+          view[1].cast<int64_t>(),
+          view[2].cast<int64_t>(),
+          view[3].cast<int64_t>(),
+          view[4].cast<int64_t>(),
+          view[5].cast<int64_t>()};
 }
 
 int64_t nearest_scratch(int64_t N, int64_t D, int64_t K, int device) {
@@ -80,10 +84,9 @@ void lookup(int dtype, const py::tuple &x, int64_t D, uintptr_t codebook, int64_
 }
 
 void lookup_backward(int dtype, const py::tuple &grad_quantized, uintptr_t grad_error, const py::tuple &x, int64_t D,
-                     uintptr_t codebook, int64_t K, uintptr_t indices, uintptr_t grad_x, int device,
-                     uintptr_t stream) {
-  check(vqfast_cuda_lookup_backward((vqfast_dtype)dtype, rows(grad_quantized), pointer<const void>(grad_error),
-                                    rows(x), D, pointer<const void>(codebook), K, pointer<const int64_t>(indices),
+                     uintptr_t codebook, int64_t K, uintptr_t indices, uintptr_t grad_x, int device, uintptr_t stream) {
+  check(vqfast_cuda_lookup_backward((vqfast_dtype)dtype, rows(grad_quantized), pointer<const void>(grad_error), rows(x),
+                                    D, pointer<const void>(codebook), K, pointer<const int64_t>(indices),
                                     pointer<void>(grad_x), device, pointer<void>(stream)));
 }
 
@@ -110,15 +113,15 @@ void q_sample(uintptr_t x0, uintptr_t t, const py::tuple &tables, int64_t B, int
               uintptr_t x_t, int device, uintptr_t stream) {
   const vqfast_levels levels = levels_of(tables);
   check(vqfast_cuda_q_sample(pointer<const int64_t>(x0), pointer<const int64_t>(t), levels, B, L, K,
-                            pointer<const int64_t>(key), pointer<int64_t>(x_t), device, pointer<void>(stream)));
+                             pointer<const int64_t>(key), pointer<int64_t>(x_t), device, pointer<void>(stream)));
 }
 
 void posterior(int dtype, uintptr_t logits, uintptr_t x_t, uintptr_t t, uintptr_t s, const py::tuple &tables, int64_t B,
                int64_t L, int64_t K, bool marginal, uintptr_t log_p, int device, uintptr_t stream) {
   const vqfast_levels levels = levels_of(tables);
   check(vqfast_cuda_posterior((vqfast_dtype)dtype, pointer<const void>(logits), pointer<const int64_t>(x_t),
-                             pointer<const int64_t>(t), pointer<const int64_t>(s), levels, B, L, K, marginal,
-                             pointer<void>(log_p), device, pointer<void>(stream)));
+                              pointer<const int64_t>(t), pointer<const int64_t>(s), levels, B, L, K, marginal,
+                              pointer<void>(log_p), device, pointer<void>(stream)));
 }
 
 void posterior_backward(int dtype, uintptr_t grad, uintptr_t logits, uintptr_t x_t, uintptr_t t, uintptr_t s,
@@ -126,9 +129,9 @@ void posterior_backward(int dtype, uintptr_t grad, uintptr_t logits, uintptr_t x
                         int device, uintptr_t stream) {
   const vqfast_levels levels = levels_of(tables);
   check(vqfast_cuda_posterior_backward((vqfast_dtype)dtype, pointer<const void>(grad), pointer<const void>(logits),
-                                      pointer<const int64_t>(x_t), pointer<const int64_t>(t),
-                                      pointer<const int64_t>(s), levels, B, L, K, marginal,
-                                      pointer<void>(grad_logits), device, pointer<void>(stream)));
+                                       pointer<const int64_t>(x_t), pointer<const int64_t>(t),
+                                       pointer<const int64_t>(s), levels, B, L, K, marginal, pointer<void>(grad_logits),
+                                       device, pointer<void>(stream)));
 }
 
 void diffusion_loss(int dtype, uintptr_t logits, uintptr_t x0, uintptr_t x_t, uintptr_t t, uintptr_t s,
@@ -136,9 +139,9 @@ void diffusion_loss(int dtype, uintptr_t logits, uintptr_t x0, uintptr_t x_t, ui
                     double aux_weight, uintptr_t loss, uintptr_t grad, int device, uintptr_t stream) {
   const vqfast_levels levels = levels_of(tables);
   check(vqfast_cuda_diffusion_loss((vqfast_dtype)dtype, pointer<const void>(logits), pointer<const int64_t>(x0),
-                                  pointer<const int64_t>(x_t), pointer<const int64_t>(t), pointer<const int64_t>(s),
-                                  levels, B, L, K, pointer<const double>(scale), marginal, aux_weight,
-                                  pointer<void>(loss), pointer<void>(grad), device, pointer<void>(stream)));
+                                   pointer<const int64_t>(x_t), pointer<const int64_t>(t), pointer<const int64_t>(s),
+                                   levels, B, L, K, pointer<const double>(scale), marginal, aux_weight,
+                                   pointer<void>(loss), pointer<void>(grad), device, pointer<void>(stream)));
 }
 
 void scale_rows(int dtype, uintptr_t rows, int64_t R, int64_t K, uintptr_t scale, int64_t stride, int device,
@@ -153,9 +156,9 @@ void p_sample(int dtype, uintptr_t logits, uintptr_t unconditional, uintptr_t x_
               int device, uintptr_t stream) {
   const vqfast_levels levels = levels_of(tables);
   check(vqfast_cuda_p_sample((vqfast_dtype)dtype, pointer<const void>(logits), pointer<const void>(unconditional),
-                            pointer<const int64_t>(x_t), pointer<const int64_t>(t), pointer<const int64_t>(s), levels,
-                            B, L, K, pointer<const int64_t>(known), marginal, temperature, guidance, top_k, top_p,
-                            pointer<const int64_t>(key), pointer<int64_t>(x_s), device, pointer<void>(stream)));
+                             pointer<const int64_t>(x_t), pointer<const int64_t>(t), pointer<const int64_t>(s), levels,
+                             B, L, K, pointer<const int64_t>(known), marginal, temperature, guidance, top_k, top_p,
+                             pointer<const int64_t>(key), pointer<int64_t>(x_s), device, pointer<void>(stream)));
 }
 
 // Addresses of the prior, the likelihood and the transposed prior or 0; elements from a sample's matrix to the next.
@@ -170,9 +173,9 @@ void matrix_loss(int dtype, uintptr_t logits, uintptr_t x0, uintptr_t x_t, uintp
                  uintptr_t grad, int device, uintptr_t stream) {
   const vqfast_step step = step_of(matrices);
   check(vqfast_cuda_matrix_loss((vqfast_dtype)dtype, pointer<const void>(logits), pointer<const int64_t>(x0),
-                               pointer<const int64_t>(x_t), pointer<const int64_t>(s), step, B, L, K,
-                               pointer<const double>(scale), marginal, aux_weight, pointer<void>(loss),
-                               pointer<void>(grad), device, pointer<void>(stream)));
+                                pointer<const int64_t>(x_t), pointer<const int64_t>(s), step, B, L, K,
+                                pointer<const double>(scale), marginal, aux_weight, pointer<void>(loss),
+                                pointer<void>(grad), device, pointer<void>(stream)));
 }
 
 void matrix_sample(int dtype, uintptr_t logits, uintptr_t unconditional, uintptr_t x_t, uintptr_t s,
@@ -181,10 +184,9 @@ void matrix_sample(int dtype, uintptr_t logits, uintptr_t unconditional, uintptr
                    int device, uintptr_t stream) {
   const vqfast_step step = step_of(matrices);
   check(vqfast_cuda_matrix_sample((vqfast_dtype)dtype, pointer<const void>(logits), pointer<const void>(unconditional),
-                                 pointer<const int64_t>(x_t), pointer<const int64_t>(s), step, B, L, K,
-                                 pointer<const int64_t>(known), marginal, temperature, guidance, top_k, top_p,
-                                 pointer<const int64_t>(key), pointer<int64_t>(x_s), device,
-                                 pointer<void>(stream)));
+                                  pointer<const int64_t>(x_t), pointer<const int64_t>(s), step, B, L, K,
+                                  pointer<const int64_t>(known), marginal, temperature, guidance, top_k, top_p,
+                                  pointer<const int64_t>(key), pointer<int64_t>(x_s), device, pointer<void>(stream)));
 }
 
 void pack(int64_t element_bytes, const py::tuple &values, int64_t D, uintptr_t grains, int64_t B, int64_t Hc,
@@ -192,8 +194,8 @@ void pack(int64_t element_bytes, const py::tuple &values, int64_t D, uintptr_t g
           uintptr_t positions, uintptr_t grain_ids, uintptr_t scratch, int device, uintptr_t stream) {
   const vqfast_rows view = rows(values);
   check(vqfast_cuda_pack(element_bytes, view, D, pointer<const int64_t>(grains), B, Hc, Wc, num_grains, region,
-                        capacity, pointer<void>(packed), pointer<int32_t>(cu_seqlens), pointer<int64_t>(positions),
-                        pointer<int64_t>(grain_ids), pointer<void>(scratch), device, pointer<void>(stream)));
+                         capacity, pointer<void>(packed), pointer<int32_t>(cu_seqlens), pointer<int64_t>(positions),
+                         pointer<int64_t>(grain_ids), pointer<void>(scratch), device, pointer<void>(stream)));
 }
 
 void unpack(int64_t element_bytes, const py::tuple &packed, int64_t D, uintptr_t cu_seqlens, uintptr_t positions,
@@ -201,8 +203,9 @@ void unpack(int64_t element_bytes, const py::tuple &packed, int64_t D, uintptr_t
             bool replicate, uintptr_t grid, uintptr_t scratch, int device, uintptr_t stream) {
   const vqfast_rows view = rows(packed);
   check(vqfast_cuda_unpack(element_bytes, view, D, pointer<const int32_t>(cu_seqlens),
-                          pointer<const int64_t>(positions), pointer<const int64_t>(grain_ids),
-                          pointer<const int64_t>(grains), B, Hc, Wc, num_grains, replicate, pointer<void>(grid), pointer<void>(scratch), device, pointer<void>(stream)));
+                           pointer<const int64_t>(positions), pointer<const int64_t>(grain_ids),
+                           pointer<const int64_t>(grains), B, Hc, Wc, num_grains, replicate, pointer<void>(grid),
+                           pointer<void>(scratch), device, pointer<void>(stream)));
 }
 
 void unpack_backward(int dtype, const py::tuple &grad, int64_t D, uintptr_t cu_seqlens, uintptr_t positions,
@@ -210,22 +213,24 @@ void unpack_backward(int dtype, const py::tuple &grad, int64_t D, uintptr_t cu_s
                      int64_t num_grains, uintptr_t grad_packed, uintptr_t scratch, int device, uintptr_t stream) {
   const vqfast_rows view = rows(grad);
   check(vqfast_cuda_unpack_backward((vqfast_dtype)dtype, view, D, pointer<const int32_t>(cu_seqlens),
-                                   pointer<const int64_t>(positions), pointer<const int64_t>(grain_ids), T,
-                                   pointer<const int64_t>(grains), B, Hc, Wc, num_grains,
-                                   pointer<void>(grad_packed), pointer<void>(scratch), device, pointer<void>(stream)));
+                                    pointer<const int64_t>(positions), pointer<const int64_t>(grain_ids), T,
+                                    pointer<const int64_t>(grains), B, Hc, Wc, num_grains, pointer<void>(grad_packed),
+                                    pointer<void>(scratch), device, pointer<void>(stream)));
 }
 
 void position_mask(uintptr_t positions, uintptr_t grain_ids, uintptr_t grain, int64_t B, int64_t L, int64_t Hc,
                    int64_t Wc, int64_t num_grains, int64_t V, uintptr_t mask, int device, uintptr_t stream) {
   check(vqfast_cuda_position_mask(pointer<const int64_t>(positions), pointer<const int64_t>(grain_ids),
-                                 pointer<const int64_t>(grain), B, L, Hc, Wc, num_grains, V, pointer<uint8_t>(mask), device, pointer<void>(stream)));
+                                  pointer<const int64_t>(grain), B, L, Hc, Wc, num_grains, V, pointer<uint8_t>(mask),
+                                  device, pointer<void>(stream)));
 }
 
 void grain_entropy(int dtype, uintptr_t images, const std::array<int64_t, 4> &shape,
                    const std::array<int64_t, 4> &strides, int64_t P, int64_t bins, double sigma, double lowest,
                    double highest, uintptr_t entropy, int device, uintptr_t stream) {
   check(vqfast_cuda_grain_entropy((vqfast_dtype)dtype, pointer<const void>(images), shape[0], shape[1], shape[2],
-                                 shape[3], strides.data(), P, bins, sigma, lowest, highest, pointer<void>(entropy), device, pointer<void>(stream)));
+                                  shape[3], strides.data(), P, bins, sigma, lowest, highest, pointer<void>(entropy),
+                                  device, pointer<void>(stream)));
 }
 
 }  // namespace

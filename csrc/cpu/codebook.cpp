@@ -147,8 +147,8 @@ int sum_by_code(const Stats &s, int64_t N) {
     if (by_feature)
       sum_members(s, members, 0, s.K, s.D * part / parts, s.D * (part + 1) / parts, sum);
     else
-      sum_members(s, members, first_code_of(members, s.K, part, parts),
-                  first_code_of(members, s.K, part + 1, parts), 0, s.D, sum);
+      sum_members(s, members, first_code_of(members, s.K, part, parts), first_code_of(members, s.K, part + 1, parts), 0,
+                  s.D, sum);
   }
   return VQFAST_OK;
 }

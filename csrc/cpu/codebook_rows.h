@@ -74,7 +74,8 @@ static void sum_square_of(const T *, const Square &vectors, int64_t D, void *sum
   int64_t d = 0;
   for (; d + kWidth<T> <= D; d += kWidth<T>)
     store(sum + d, sum_of_square<T>(vectors, [=](const T *v) { return load(v + d); }));
-  if (const int n = D - d) store_part(sum + d, sum_of_square<T>(vectors, [=](const T *v) { return load_part(v + d, n); }), n);
+  if (const int n = D - d)
+    store_part(sum + d, sum_of_square<T>(vectors, [=](const T *v) { return load_part(v + d, n); }), n);
 }
 
 // sum = that of the vectors, row by row, rounded once.
@@ -126,8 +127,7 @@ static inline void add_columns(const void *const *rows, const double *weights, i
 }
 
 template <class T>
-static void add_rows_of(const T *, const void *const *rows, const double *weights, int64_t n, int64_t D,
-                        double *sums) {
+static void add_rows_of(const T *, const void *const *rows, const double *weights, int64_t n, int64_t D, double *sums) {
   int64_t d = 0;
   for (; d + 4 * kLanes <= D; d += 4 * kLanes) add_columns<4, T>(rows, weights, n, d, sums);
   for (; d + kLanes <= D; d += kLanes) add_columns<1, T>(rows, weights, n, d, sums);

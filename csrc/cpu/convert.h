@@ -39,10 +39,18 @@ static inline int64_t element_size(vqfast_dtype dtype) { return dtype == VQFAST_
 template <class Body>
 static inline bool with_element(vqfast_dtype dtype, Body body) {
   switch (dtype) {
-    case VQFAST_F32: body((const float *)nullptr); return true;
-    case VQFAST_F64: body((const double *)nullptr); return true;
-    case VQFAST_BF16: body((const bf16 *)nullptr); return true;
-    case VQFAST_F16: body((const f16 *)nullptr); return true;
+    case VQFAST_F32:
+      body((const float *)nullptr);
+      return true;
+    case VQFAST_F64:
+      body((const double *)nullptr);
+      return true;
+    case VQFAST_BF16:
+      body((const bf16 *)nullptr);
+      return true;
+    case VQFAST_F16:
+      body((const f16 *)nullptr);
+      return true;
   }
   return false;
 }

@@ -67,8 +67,8 @@ struct Batch {
     if (token.noisy()) {
       const double spread = noise.noise ? token.step.spread : token.noise_0;
       const double ratio = token.step.signal / spread / total;
-      logs = spread * passes.log1p(weights, padded, ratio, noise.noise, noise.inverse, grad ? shares : nullptr,
-                                   &curvature);
+      logs = spread *
+             passes.log1p(weights, padded, ratio, noise.noise, noise.inverse, grad ? shares : nullptr, &curvature);
       curvature *= spread;
     }
     const LossRow row = finish_loss(token, margin, margin_t, others, logs, curvature, scale[n], aux_weight);
@@ -118,9 +118,9 @@ struct Batch {
 using namespace vqfast;
 
 extern "C" int vqfast_cpu_diffusion_loss(vqfast_dtype dtype, const void *logits, const int64_t *x0, const int64_t *x_t,
-                                         const int64_t *t, const int64_t *s, vqfast_levels levels, int64_t B,
-                                         int64_t L, int64_t K, const double *scale, int marginal, double aux_weight,
-                                         void *loss, void *grad) {
+                                         const int64_t *t, const int64_t *s, vqfast_levels levels, int64_t B, int64_t L,
+                                         int64_t K, const double *scale, int marginal, double aux_weight, void *loss,
+                                         void *grad) {
   return with_passes(dtype, [&](auto *type) {
     typedef std::remove_pointer_t<decltype(type)> Passes;
     const Batch<Passes> batch = {logits, x0, x_t, t, s, levels, B, L, K, scale, marginal != 0, aux_weight, loss, grad};

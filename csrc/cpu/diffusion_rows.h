@@ -39,9 +39,12 @@ static float load_scores_of(const T *row, int64_t K, float *scores) {
 // Copies a row of logits and returns the largest; NaN is passed over.
 static float load_scores(vqfast_dtype dtype, const void *row, int64_t K, float *scores) {
   switch (dtype) {
-    case VQFAST_BF16: return load_scores_of((const bf16 *)row, K, scores);
-    case VQFAST_F16: return load_scores_of((const f16 *)row, K, scores);
-    default: return load_scores_of((const float *)row, K, scores);
+    case VQFAST_BF16:
+      return load_scores_of((const bf16 *)row, K, scores);
+    case VQFAST_F16:
+      return load_scores_of((const f16 *)row, K, scores);
+    default:
+      return load_scores_of((const float *)row, K, scores);
   }
 }
 
@@ -130,9 +133,12 @@ static void stream_scores(const float *scores, int64_t K, float *row) {
 
 static void store_scores(vqfast_dtype dtype, const float *scores, int64_t K, void *row, bool past_caches) {
   switch (dtype) {
-    case VQFAST_BF16: return store_scores_of(scores, K, (bf16 *)row);
-    case VQFAST_F16: return store_scores_of(scores, K, (f16 *)row);
-    default: break;
+    case VQFAST_BF16:
+      return store_scores_of(scores, K, (bf16 *)row);
+    case VQFAST_F16:
+      return store_scores_of(scores, K, (f16 *)row);
+    default:
+      break;
   }
   if (past_caches && (uintptr_t)row % sizeof(vf) == 0 && K % kLanes == 0)
     stream_scores(scores, K, (float *)row);
@@ -175,9 +181,12 @@ static float guide_scores_of(const T *row, int64_t K, float guidance, float *sco
 // scores = row + guidance (scores - row), row the unconditional scores. Returns the largest; NaN is passed over.
 static float guide_scores(vqfast_dtype dtype, const void *row, int64_t K, float guidance, float *scores) {
   switch (dtype) {
-    case VQFAST_BF16: return guide_scores_of((const bf16 *)row, K, guidance, scores);
-    case VQFAST_F16: return guide_scores_of((const f16 *)row, K, guidance, scores);
-    default: return guide_scores_of((const float *)row, K, guidance, scores);
+    case VQFAST_BF16:
+      return guide_scores_of((const bf16 *)row, K, guidance, scores);
+    case VQFAST_F16:
+      return guide_scores_of((const f16 *)row, K, guidance, scores);
+    default:
+      return guide_scores_of((const float *)row, K, guidance, scores);
   }
 }
 

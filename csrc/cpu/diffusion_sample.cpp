@@ -117,12 +117,13 @@ extern "C" int vqfast_cpu_q_sample(const int64_t *x0, const int64_t *t, vqfast_l
 extern "C" int vqfast_cpu_p_sample(vqfast_dtype dtype, const void *logits, const void *unconditional,
                                    const int64_t *x_t, const int64_t *t, const int64_t *s, vqfast_levels levels,
                                    int64_t B, int64_t L, int64_t K, const int64_t *known, int marginal,
-                                   double temperature, double guidance, int64_t top_k, double top_p,
-                                   const int64_t *key, int64_t *x_s) {
+                                   double temperature, double guidance, int64_t top_k, double top_p, const int64_t *key,
+                                   int64_t *x_s) {
   return with_passes(dtype, [&](auto *type) {
     typedef std::remove_pointer_t<decltype(type)> Passes;
-    const Reverse<Passes> reverse = {logits, unconditional, x_t, t, s, levels, B, L, K, known, marginal != 0,
-                                     temperature, guidance, {top_k, top_p}, key, x_s};
+    const Reverse<Passes> reverse = {
+        logits, unconditional, x_t,           t,           s,        levels,         B,   L,
+        K,      known,         marginal != 0, temperature, guidance, {top_k, top_p}, key, x_s};
     return reverse.run(dtype);
   });
 }

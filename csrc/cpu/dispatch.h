@@ -30,7 +30,8 @@ struct Kernels {
   const char *name;
   int lanes;
 
-  // nearest_float32.h, then nearest_amx.h, nearest_bf16.h where there are such; nearest_path.h chooses. Null after the last.
+  // nearest_float32.h, then nearest_amx.h, nearest_bf16.h where there are such; nearest_path.h chooses. Null after the
+  // last.
   const ScoreEngine *engines[kMostEngines];
 
   // nearest_ranges.h
@@ -96,8 +97,8 @@ struct Kernels {
   double (*subtract_logs)(double *scores, const double *q, int64_t n);
   double (*weigh_posterior)(const double *f, const double *model, bool logs, int64_t K, int64_t n, double *weights,
                             double *sums);
-  double (*diverge)(const double *f, const double *truth, double *model, bool logs, int64_t K, int64_t n,
-                    double *first, double *second, double *ratio);
+  double (*diverge)(const double *f, const double *truth, double *model, bool logs, int64_t K, int64_t n, double *first,
+                    double *second, double *ratio);
 };
 
 constexpr int64_t kMostLanes = 16;

@@ -94,9 +94,9 @@ extern "C" int vqfast_cpu_dynamic_lookup(vqfast_dtype dtype, vqfast_rows feature
 
 extern "C" int vqfast_cpu_dynamic_lookup_backward(vqfast_dtype dtype, vqfast_rows grad_quantized,
                                                   const void *grad_error, vqfast_rows features, int64_t D,
-                                                  const void *codebook, const int64_t *indices,
-                                                  const int64_t *grains, int64_t B, int64_t Hc, int64_t Wc,
-                                                  int64_t num_grains, void *grad_features) {
+                                                  const void *codebook, const int64_t *indices, const int64_t *grains,
+                                                  int64_t B, int64_t Hc, int64_t Wc, int64_t num_grains,
+                                                  void *grad_features) {
   const GrainGrid grid = {B, Hc, Wc, (int)num_grains};
   const Kernels &isa = kernels();
   prefer_large_pages(grad_features, B * grid.positions() * D * element_size(dtype));

@@ -6,8 +6,8 @@
 
 namespace vqfast::VQFAST_ISA {
 
-// density[k] += exp(-((grey[i] - lowest) / sigma - k step)^2 / 2), float32 from the square on, for the bins k < bins that
-// are at most `reach` away; step and reach are counted in sigmas. Past the last bin density has room for a vector.
+// density[k] += exp(-((grey[i] - lowest) / sigma - k step)^2 / 2), float32 from the square on, for the bins k < bins
+// that are at most `reach` away; step and reach are counted in sigmas. Past the last bin density has room for a vector.
 static void add_bins(const double *grey, int64_t n, double lowest, double sigma, double step, double reach,
                      int64_t bins, double *density) {
   const double per_step = 1 / step;

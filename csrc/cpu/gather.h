@@ -8,8 +8,8 @@
 
 namespace vqfast {
 
-// Elements from a gathered vector to the next: a cache line more than it has, or vectors of a power of two would share a
-// few sets of the cache.
+// Elements from a gathered vector to the next: a cache line more than it has, or vectors of a power of two would share
+// a few sets of the cache.
 constexpr int64_t gathered_pitch(int64_t D, int64_t size) { return D + kCacheLine / size; }
 
 // Moves vectors[0..n-1], n <= kMostTogether, to `to`, and points them there. size: bytes of an element. to: n *

@@ -18,8 +18,8 @@ static inline __attribute__((always_inline)) void store_bits(uint16_t *p, vu v) 
   *(vs_unaligned *)p = __builtin_convertvector(v, vs);
 }
 
-// kLanes vectors of kLanes elements. Numbered through, an element's number has the bits of its vector above those of its
-// place; to deal the upper and the lower half of all vectors in turn turns the bits by one.
+// kLanes vectors of kLanes elements. Numbered through, an element's number has the bits of its vector above those of
+// its place; to deal the upper and the lower half of all vectors in turn turns the bits by one.
 static inline __attribute__((always_inline)) void transpose(vu (&square)[kLanes]) {
   vi low, high;
   for (int l = 0; l < kLanes; ++l) low[l] = l / 2 + l % 2 * kLanes, high[l] = low[l] + kLanes / 2;
@@ -36,7 +36,8 @@ static inline __attribute__((always_inline)) void transpose(vu (&square)[kLanes]
   }
 }
 
-// Vectors first..end-1, which lie within kLanes elements of `from`; whether they are all that lie there, in their order.
+// Vectors first..end-1, which lie within kLanes elements of `from`; whether they are all that lie there, in their
+// order.
 template <class Bits>
 struct Neighbours {
   const Bits *from;

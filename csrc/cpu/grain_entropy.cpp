@@ -49,8 +49,8 @@ struct Entropy {
     }
   }
 
-  // scratch: the bins, a vector more, and the grey levels of a patch. These go first: a short loop, so that the memory of
-  // many rows is asked for at once.
+  // scratch: the bins, a vector more, and the grey levels of a patch. These go first: a short loop, so that the memory
+  // of many rows is asked for at once.
   double operator()(int64_t b, int64_t y, int64_t x, double *scratch) const {
     double *const density = scratch, *const grey = scratch + bins + kMostLanes;
     const T *patch = images + b * strides[0] + y * P * strides[2] + x * P * strides[3];
@@ -87,8 +87,8 @@ extern "C" int vqfast_cpu_grain_entropy(vqfast_dtype dtype, const void *images, 
   bool enough = true;
   const bool known = with_element(dtype, [&](auto *type) {
     typedef std::remove_const_t<std::remove_pointer_t<decltype(type)>> T;
-    const Entropy<T> patch = {(const T *)images, C, P, bins, strides, sigma, lowest,
-                              (highest - lowest) / (double)(bins - 1)};
+    const Entropy<T> patch = {(const T *)images, C,     P,      bins,
+                              strides,           sigma, lowest, (highest - lowest) / (double)(bins - 1)};
 #pragma omp parallel reduction(&& : enough) if (B * H * W > kParallelElements / 8)
     {
       Buffer<double> scratch = buffer<double>(bins + kMostLanes + P * P);

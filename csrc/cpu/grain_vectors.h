@@ -28,8 +28,8 @@ struct Vectors {
     const int64_t b = n < rows ? 0 : n / rows;
     return data + b * stride_batch + (n - b * rows) * stride_row;
   }
-  // Vectors first..first+n-1 with their features side by side: these, or gathered. scratch: n * gathered_pitch elements,
-  // not read where features are side by side already.
+  // Vectors first..first+n-1 with their features side by side: these, or gathered. scratch: n * gathered_pitch
+  // elements, not read where features are side by side already.
   Vectors side_by_side(int64_t first, int64_t n, T *scratch) const {
     if (stride_feature == 1) return *this;
     constexpr int64_t kTogether = kMostTogether;
@@ -46,8 +46,8 @@ struct Vectors {
     }
     return gathered;
   }
-  // Those that a code of `edge` rows and columns covers, of an image `width` wide: these, or gathered. scratch: edge^2 *
-  // gathered_pitch elements, not used where features are side by side already.
+  // Those that a code of `edge` rows and columns covers, of an image `width` wide: these, or gathered. scratch: edge^2
+  // * gathered_pitch elements, not used where features are side by side already.
   Square square(int64_t first, int64_t width, int64_t edge, T *scratch) const {
     const T *at = row(first);
     if (edge == 1 && stride_feature == 1) return {at, 1, 0, 0};

@@ -44,7 +44,8 @@ class Scratch {
 struct Panels {
   Buffer<double> forward, backward;
 
-  Panels(int64_t size, bool transposed) : forward(buffer<double>(size)), backward(buffer<double>(transposed ? size : 0)) {}
+  Panels(int64_t size, bool transposed)
+      : forward(buffer<double>(size)), backward(buffer<double>(transposed ? size : 0)) {}
   explicit operator bool() const { return forward && backward; }
 };
 
@@ -67,9 +68,7 @@ struct Batch {
   const char *logits_of(const void *rows, int64_t row) const {
     return (const char *)rows + row * K * element_size(dtype);
   }
-  const double *prior(int64_t row, int64_t code) const {
-    return step.prior + row / L * step.stride_prior + code * K;
-  }
+  const double *prior(int64_t row, int64_t code) const { return step.prior + row / L * step.stride_prior + code * K; }
   const double *likelihood(int64_t row) const {
     return step.likelihood + row / L * step.stride_likelihood + x_t[row] * K;
   }
@@ -180,7 +179,8 @@ struct Loss {
         continue;
       }
       multiplies = multiplies || !batch.at_data(row);
-      const double largest = batch.isa.load_wide_scores(batch.dtype, batch.logits_of(batch.logits, row), K, n, log_p + r * n);
+      const double largest =
+          batch.isa.load_wide_scores(batch.dtype, batch.logits_of(batch.logits, row), K, n, log_p + r * n);
       normalise(log_p + r * n, p + r * n, largest, scratch);
     }
     if (batch.marginal) {
@@ -211,8 +211,9 @@ struct Loss {
     for (int64_t r = 0; r < tile.count; ++r) {
       const int64_t row = tile.first + r;
       double *gradient = scratch.row(0);
-      if (grad) write_gradient(row, log_p + r * n, p + r * n, model + r * n, back + r * n, scratch.row(1), scratch.sums(),
-                               gradient);
+      if (grad)
+        write_gradient(row, log_p + r * n, p + r * n, model + r * n, back + r * n, scratch.row(1), scratch.sums(),
+                       gradient);
       store(row, value[r], gradient, (float *)scratch.row(2));
     }
   }
@@ -303,8 +304,8 @@ struct Reverse {
 
 using namespace vqfast;
 
-extern "C" int vqfast_cpu_matrix_product(const double *rows, int64_t R, const double *matrix, int64_t K,
-                                         int transpose, double *out) {
+extern "C" int vqfast_cpu_matrix_product(const double *rows, int64_t R, const double *matrix, int64_t K, int transpose,
+                                         double *out) {
   const Kernels &isa = kernels();
   const int64_t n = (K + isa.matrix_panel - 1) / isa.matrix_panel * isa.matrix_panel, panels = n / isa.matrix_panel;
   const int64_t height = isa.matrix_rows, tiles = (R + height - 1) / height;
@@ -350,7 +351,13 @@ extern "C" int vqfast_cpu_matrix_sample(vqfast_dtype dtype, const void *logits, 
                                         double guidance, int64_t top_k, double top_p, const int64_t *key,
                                         int64_t *x_s) {
   if (dtype < VQFAST_F32 || dtype > VQFAST_F16) return VQFAST_BAD_DTYPE;
-  const Reverse tiles = {{dtype, logits, x_t, s, step, B, L, K, marginal != 0}, unconditional, known, temperature,
-                         guidance, {top_k, top_p}, key, x_s};
+  const Reverse tiles = {{dtype, logits, x_t, s, step, B, L, K, marginal != 0},
+                         unconditional,
+                         known,
+                         temperature,
+                         guidance,
+                         {top_k, top_p},
+                         key,
+                         x_s};
   return tiles.batch.run(marginal, tiles);
 }

@@ -1,5 +1,5 @@
-// Rows of K float64 numbers times a (K, K) matrix, and the passes before and after. `n` is K rounded up to whole panels;
-// scores behind K are -infinity and weights behind it 0.
+// Rows of K float64 numbers times a (K, K) matrix, and the passes before and after. `n` is K rounded up to whole
+// panels; scores behind K are -infinity and weights behind it 0.
 #pragma once
 
 #include "dispatch.h"

@@ -44,10 +44,9 @@ struct CodeLayout : Bfloat16 {
 static int64_t blocks(int64_t D) { return (D + kFeatures - 1) / kFeatures; }
 
 template <class Layout>
-static void pack(vqfast_dtype dtype, const void *const *vectors, int64_t n, int64_t D, const double *mean,
-                 double scale, void *packed, PackedNorm *norms) {
-  pack_vectors<Layout>(dtype, vectors, n, D, mean, scale, packed, blocks(D) * kBlock * 2,
-                       norms);
+static void pack(vqfast_dtype dtype, const void *const *vectors, int64_t n, int64_t D, const double *mean, double scale,
+                 void *packed, PackedNorm *norms) {
+  pack_vectors<Layout>(dtype, vectors, n, D, mean, scale, packed, blocks(D) * kBlock * 2, norms);
 }
 
 namespace {
@@ -92,8 +91,8 @@ static inline __attribute__((always_inline)) void multiply(const uint16_t *tile,
   }
 }
 
-static void score(const void *tile, const void *panels, const float *bias, int64_t D, int64_t n_panels,
-                  int64_t group, int64_t stride, float *maxima) {
+static void score(const void *tile, const void *panels, const float *bias, int64_t D, int64_t n_panels, int64_t group,
+                  int64_t stride, float *maxima) {
   alignas(64) float sums[2][kSide * kSide];
   const int64_t n_blocks = blocks(D);
   const uint16_t *panel = (const uint16_t *)panels;

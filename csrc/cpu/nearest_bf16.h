@@ -26,15 +26,13 @@ struct Layout {
 }  // namespace
 
 template <int width>
-static void pack(vqfast_dtype dtype, const void *const *vectors, int64_t n, int64_t D, const double *mean,
-                 double scale, void *packed, PackedNorm *norms) {
-  pack_vectors<Layout<width>>(dtype, vectors, n, D, mean, scale, packed,
-                              (D + 1) / 2 * 4 * width, norms);
+static void pack(vqfast_dtype dtype, const void *const *vectors, int64_t n, int64_t D, const double *mean, double scale,
+                 void *packed, PackedNorm *norms) {
+  pack_vectors<Layout<width>>(dtype, vectors, n, D, mean, scale, packed, (D + 1) / 2 * 4 * width, norms);
 }
 
 static inline __attribute__((always_inline)) void score_panel(const uint32_t *tile, const uint32_t *panel,
-                                                              const float *bias, int64_t pairs,
-                                                              vf (&a)[kTileRows][2]) {
+                                                              const float *bias, int64_t pairs, vf (&a)[kTileRows][2]) {
   __m512 sums[kTileRows][2];
   const __m512 b0 = _mm512_loadu_ps(bias), b1 = _mm512_loadu_ps(bias + kLanes);
 #pragma GCC unroll 12
@@ -52,12 +50,13 @@ static inline __attribute__((always_inline)) void score_panel(const uint32_t *ti
   for (int r = 0; r < kTileRows; ++r) a[r][0] = (vf)sums[r][0], a[r][1] = (vf)sums[r][1];
 }
 
-static void score(const void *tile, const void *panels, const float *bias, int64_t D, int64_t n_panels,
-                  int64_t group, int64_t stride, float *maxima) {
+static void score(const void *tile, const void *panels, const float *bias, int64_t D, int64_t n_panels, int64_t group,
+                  int64_t stride, float *maxima) {
   const int64_t pairs = (D + 1) / 2;
-  score_panels<kTileRows>((const uint32_t *)panels, pairs * kPanelCodes, bias, n_panels, group, stride, maxima,
-                          [&](const uint32_t *panel, const float *start, vf (&scores)[kTileRows][2])
-                              __attribute__((always_inline)) { score_panel((const uint32_t *)tile, panel, start, pairs, scores); });
+  score_panels<kTileRows>(
+      (const uint32_t *)panels, pairs * kPanelCodes, bias, n_panels, group, stride, maxima,
+      [&](const uint32_t *panel, const float *start, vf(&scores)[kTileRows][2])
+          __attribute__((always_inline)) { score_panel((const uint32_t *)tile, panel, start, pairs, scores); });
 }
 
 extern const ScoreEngine engine;

@@ -52,8 +52,9 @@ void unit_codes(const Codes &codes, double *units) {
   }
 }
 
-// The centre and the scale: the mean over the finite values of each feature, and the power of two that brings the largest
-// deviation to [1, 2). Neither has to be exact: the bound holds for any centre and any power of two. False: out of memory.
+// The centre and the scale: the mean over the finite values of each feature, and the power of two that brings the
+// largest deviation to [1, 2). Neither has to be exact: the bound holds for any centre and any power of two. False: out
+// of memory.
 bool centre(const Codes &codes, const Source &source) {
   const int64_t K = codes.K, D = codes.D;
   // A number of parts that does not depend on that of the threads, so that the centre does not either.

@@ -109,8 +109,8 @@ static double distance(vqfast_dtype dtype, const double *row, const void *code, 
   return sum_of(sums);
 }
 
-// Of the row and scale * code. The product and the square are off by less than (D + 8) 2^-53 of the magnitude and of the
-// square.
+// Of the row and scale * code. The product and the square are off by less than (D + 8) 2^-53 of the magnitude and of
+// the square.
 static Products products(vqfast_dtype dtype, const double *row, const void *code, double scale, int64_t D) {
   vd sums[3][4] = {};
   with_element(dtype, [&](auto *type) {

@@ -22,13 +22,13 @@ struct Layout {
 }  // namespace
 
 template <int width>
-static void pack(vqfast_dtype dtype, const void *const *vectors, int64_t n, int64_t D, const double *mean,
-                 double scale, void *packed, PackedNorm *norms) {
+static void pack(vqfast_dtype dtype, const void *const *vectors, int64_t n, int64_t D, const double *mean, double scale,
+                 void *packed, PackedNorm *norms) {
   pack_vectors<Layout<width>>(dtype, vectors, n, D, mean, scale, packed, D * width * 4, norms);
 }
 
-static inline __attribute__((always_inline)) void score_panel(const float *tile, const float *panel,
-                                                              const float *bias, int64_t D, vf (&a)[kTileRows][2]) {
+static inline __attribute__((always_inline)) void score_panel(const float *tile, const float *panel, const float *bias,
+                                                              int64_t D, vf (&a)[kTileRows][2]) {
   const vf b0 = load(bias), b1 = load(bias + kLanes);
 #pragma GCC unroll 12
   for (int r = 0; r < kTileRows; ++r) a[r][0] = b0, a[r][1] = b1;
@@ -43,11 +43,12 @@ static inline __attribute__((always_inline)) void score_panel(const float *tile,
   }
 }
 
-static void score(const void *tile, const void *panels, const float *bias, int64_t D, int64_t n_panels,
-                  int64_t group, int64_t stride, float *maxima) {
-  score_panels<kTileRows>((const float *)panels, D * kPanelCodes, bias, n_panels, group, stride, maxima,
-                          [&](const float *panel, const float *start, vf (&scores)[kTileRows][2])
-                              __attribute__((always_inline)) { score_panel((const float *)tile, panel, start, D, scores); });
+static void score(const void *tile, const void *panels, const float *bias, int64_t D, int64_t n_panels, int64_t group,
+                  int64_t stride, float *maxima) {
+  score_panels<kTileRows>(
+      (const float *)panels, D * kPanelCodes, bias, n_panels, group, stride, maxima,
+      [&](const float *panel, const float *start, vf(&scores)[kTileRows][2])
+          __attribute__((always_inline)) { score_panel((const float *)tile, panel, start, D, scores); });
 }
 
 static const ScoreEngine engine = {

@@ -1,7 +1,8 @@
 // Centring, scaling and rounding of vectors for the score loops. A Layout says where a value goes:
 //   Layout::Value                        the packed type
 //   Layout::round(values)                 kWide floats, rounded to it
-//   Layout::put(packed, i, d0, m, values) stores features d0..d0+m-1, m <= kWide, of vector i; d0 is a multiple of kWide
+//   Layout::put(packed, i, d0, m, values) stores features d0..d0+m-1, m <= kWide, of vector i; d0 is a multiple of
+//   kWide
 #pragma once
 
 #include <string.h>
@@ -81,8 +82,7 @@ static void pack_vectors(vqfast_dtype dtype, const void *const *vectors, int64_t
         if (m == kWide) {
           wide = mean ? (widened(row + d) - widened(mean + d)) * factor : widened(row + d) * factor;
         } else {
-          for (int j = 0; j < m; ++j)
-            wide[j] = ((double)widen(row[d + j]) - (mean ? mean[d + j] : 0.0)) * factor;
+          for (int j = 0; j < m; ++j) wide[j] = ((double)widen(row[d + j]) - (mean ? mean[d + j] : 0.0)) * factor;
         }
         const vfw values = Layout::round(__builtin_convertvector(wide, vfw));
         const vd back = to_doubles(values), rest = wide - back;

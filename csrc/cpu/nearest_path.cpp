@@ -23,7 +23,9 @@ SearchPath by_rule(int64_t K, int64_t D, int engine) {
 bool read_path(const char *name, SearchPath &path) {
   const char *slash = std::strchr(name, '/');
   if (!slash || !slash[1] || slash[2]) return false;
-  const auto is = [&](const char *engine) { return !std::strncmp(engine, name, slash - name) && !engine[slash - name]; };
+  const auto is = [&](const char *engine) {
+    return !std::strncmp(engine, name, slash - name) && !engine[slash - name];
+  };
   for (int engine = 0; engine < kMostEngines && kernels().engines[engine]; ++engine)
     for (const int64_t group : kGroups)
       if (is(kernels().engines[engine]->name) && slash[1] == '0' + group) {
@@ -69,9 +71,8 @@ class Table {
 
   SearchPath fastest_by(int i, int engine) const {
     SearchPath path;
-    const char *name = shapes_.fastest(i, [&](const char *n) {
-      return read_path(n, path) && (engine == kAnyEngine || path.engine == engine);
-    });
+    const char *name = shapes_.fastest(
+        i, [&](const char *n) { return read_path(n, path) && (engine == kAnyEngine || path.engine == engine); });
     return name && read_path(name, path) ? path : SearchPath{};
   }
 

@@ -1,5 +1,5 @@
-// A search in chunks of rows: scores in low precision, a bound on their error, exact distances of the few codes that the
-// bound leaves. kernels/nearest/README.md derives the bound; the lines that round are named there.
+// A search in chunks of rows: scores in low precision, a bound on their error, exact distances of the few codes that
+// the bound leaves. kernels/nearest/README.md derives the bound; the lines that round are named there.
 #pragma once
 
 #include <omp.h>
@@ -66,7 +66,7 @@ inline bool finite(vqfast_dtype dtype, const void *vector, int64_t D) {
 // What is known of a row while its scores come in. A cell is what one lane of a group of panels stands for: 2 * group
 // codes, of which the scores tell the largest only.
 struct Contest {
-  double reach;       // how far below the best score that of the nearest code may lie; not finite where scores say nothing
+  double reach;  // how far below the best score that of the nearest code may lie; not finite where scores say nothing
   float best, least;  // the best score so far; the least that can still be the nearest code's
   int32_t winner;     // of the cells that had to make room; -1 for none
   int32_t n_cells;
@@ -99,7 +99,7 @@ struct Scratch {
   Buffer<float> maxima;
   Buffer<int32_t> found;
   Buffer<double> wide;
-  std::vector<int64_t> rows;  // of the chunk; the next three are of each of these
+  std::vector<int64_t> rows;          // of the chunk; the next three are of each of these
   std::vector<const void *> vectors;  // in place, or gathered
   std::vector<PackedNorm> norms;
   std::vector<Contest> contests;
@@ -149,8 +149,9 @@ class Search {
   const ScoreEngine &engine_;
   bool exact_;
   const Rows rows_;
-  int64_t group_, strip_, part_;  // panels: whose maxima are one, read back at a time, gone through by a chunk at a time
-  int64_t stride_;                // of the maxima of a row
+  int64_t group_, strip_,
+      part_;        // panels: whose maxima are one, read back at a time, gone through by a chunk at a time
+  int64_t stride_;  // of the maxima of a row
 
   // Packs the rows, and opens their contests.
   void pack(Scratch &m) const {

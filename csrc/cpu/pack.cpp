@@ -18,9 +18,15 @@ namespace {
 template <class Body>
 bool with_bytes(int64_t bytes, Body body) {
   switch (bytes) {
-    case 2: body((uint16_t *)nullptr); return true;
-    case 4: body((uint32_t *)nullptr); return true;
-    case 8: body((uint64_t *)nullptr); return true;
+    case 2:
+      body((uint16_t *)nullptr);
+      return true;
+    case 4:
+      body((uint32_t *)nullptr);
+      return true;
+    case 8:
+      body((uint64_t *)nullptr);
+      return true;
   }
   return false;
 }
@@ -37,8 +43,8 @@ bool with_bytes(int64_t bytes, Body body) {
   return n;
 }
 
-// Calls body with the edge of a cell in codes of a grain, a constant where it is small: a cell's row of codes then moves
-// as one vector.
+// Calls body with the edge of a cell in codes of a grain, a constant where it is small: a cell's row of codes then
+// moves as one vector.
 template <class Body>
 void with_edge(int grain, Body body) {
   if (grain == 0)
@@ -125,7 +131,8 @@ void with_places(const GrainGrid grid, const int64_t *map, int64_t begin, int64_
   }
 }
 
-// The token whose value each position's code has, or -1, at the top left of what it covers; others are left as they are.
+// The token whose value each position's code has, or -1, at the top left of what it covers; others are left as they
+// are.
 void fill_slots(const GrainGrid grid, const int64_t *map, int64_t begin, int64_t end, const int64_t *positions,
                 const int64_t *grain_ids, int64_t *slots) {
   std::fill(slots, slots + grid.positions(), -1);
@@ -150,7 +157,8 @@ void place_codes(const GrainGrid grid, const int64_t *map, int64_t begin, int64_
       *row = value;
       return;
     }
-    for (int64_t dy = 0; dy < (int64_t)1 << shift; ++dy, row += width) std::fill(row, row + ((int64_t)1 << shift), value);
+    for (int64_t dy = 0; dy < (int64_t)1 << shift; ++dy, row += width)
+      std::fill(row, row + ((int64_t)1 << shift), value);
   });
 }
 
@@ -160,8 +168,8 @@ int64_t token_bound(const int32_t *cu_seqlens, int64_t image, int64_t T) {
 
 // grid by value, here and above: what is written might else be its members.
 template <class T>
-void write_grid(const GrainGrid grid, const int64_t *map, const int64_t *slots, const Vectors<T> values,
-                bool replicate, T *out) {
+void write_grid(const GrainGrid grid, const int64_t *map, const int64_t *slots, const Vectors<T> values, bool replicate,
+                T *out) {
   const int64_t D = values.D, width = grid.width(), factor = grid.factor();
   for (int64_t y = 0; y < grid.height(); ++y) {
     const int64_t *row_map = map + (y >> (grid.grains - 1)) * grid.cells_x;
@@ -181,8 +189,8 @@ void write_grid(const GrainGrid grid, const int64_t *map, const int64_t *slots, 
   }
 }
 
-// Sums over the squares of an image's tokens that are in `slots`. scratch: for the vectors of a cell, where their features
-// lie apart.
+// Sums over the squares of an image's tokens that are in `slots`. scratch: for the vectors of a cell, where their
+// features lie apart.
 template <class T>
 void sum_squares(vqfast_dtype dtype, const GrainGrid &grid, int64_t image, int64_t begin, int64_t end,
                  const int64_t *positions, const int64_t *grain_ids, const int64_t *map, const int64_t *slots,
@@ -309,7 +317,8 @@ extern "C" int vqfast_cpu_unpack_backward(vqfast_dtype dtype, vqfast_rows grad, 
     typedef std::remove_const_t<std::remove_pointer_t<decltype(type)>> Element;
     Element *out = (Element *)grad_packed;
     const Vectors<Element> rows(grad, D);
-    const int64_t apart = rows.stride_feature == 1 ? 0 : grid.factor() * grid.factor() * gathered_pitch(D, sizeof(Element));
+    const int64_t apart =
+        rows.stride_feature == 1 ? 0 : grid.factor() * grid.factor() * gathered_pitch(D, sizeof(Element));
     bool enough = true;
     code = with_slots(grid, T, D, cu_seqlens, positions, grain_ids, grains,
                       [&](int64_t b, int64_t begin, int64_t end, const int64_t *slots) {

@@ -8,8 +8,8 @@
 namespace vqfast::VQFAST_ISA {
 
 template <bool kNoise, bool kVector>
-static void mix_scores_of(float *scores, int64_t n, float largest, float offset, const float *log_noise, float log_spread,
-                          float shift) {
+static void mix_scores_of(float *scores, int64_t n, float largest, float offset, const float *log_noise,
+                          float log_spread, float shift) {
   const vf top = splat(largest), by = splat(offset), add = splat(shift), same = splat(log_spread);
   const vf never = splat(-__builtin_inff());
   for (int64_t k = 0; k < n; k += kLanes) {

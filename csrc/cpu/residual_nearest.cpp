@@ -41,8 +41,8 @@ extern "C" int vqfast_cpu_residual_nearest(vqfast_dtype dtype, vqfast_rows x, in
   std::vector<Codes> stages;
   try {
     for (int64_t q = 0; q < own; ++q)
-      stages.emplace_back(dtype, VQFAST_L2, (const char *)codebooks + q * stride_stage * size, K, D,
-                          path, memory.get() + q * bytes);
+      stages.emplace_back(dtype, VQFAST_L2, (const char *)codebooks + q * stride_stage * size, K, D, path,
+                          memory.get() + q * bytes);
   } catch (const std::bad_alloc &) {
     return VQFAST_OUT_OF_MEMORY;
   }

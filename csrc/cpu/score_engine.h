@@ -24,16 +24,16 @@ struct ScoreEngine {
   int feature_block;   // features are padded with zeros to a multiple of this
   int least_features;  // with fewer the float32 engine is taken to be faster, where neither was measured
 
-  // Packs scale (v - mean) of n vectors of D features side by side, n <= tile_rows or panel_codes; the places after them are zero. Without a mean,
-  // each vector is scaled by a power of two of its own, that of binary_scale.h.
+  // Packs scale (v - mean) of n vectors of D features side by side, n <= tile_rows or panel_codes; the places after
+  // them are zero. Without a mean, each vector is scaled by a power of two of its own, that of binary_scale.h.
   void (*pack_tile)(vqfast_dtype dtype, const void *const *vectors, int64_t n, int64_t D, const double *mean,
                     double scale, void *tile, PackedNorm *norms);
   void (*pack_panel)(vqfast_dtype dtype, const void *const *vectors, int64_t n, int64_t D, const double *mean,
                      double scale, void *panel, PackedNorm *norms);
 
-  // A tile against n_panels panels, `group` of them at a time (the last time fewer): the largest score that each lane of
-  // each row meets in a group, maxima[row * stride + group * lanes + lane]. Two vectors of `lanes` codes make a panel, so
-  // that a lane of a group stands for 2 * group codes, `lanes` apart.
+  // A tile against n_panels panels, `group` of them at a time (the last time fewer): the largest score that each lane
+  // of each row meets in a group, maxima[row * stride + group * lanes + lane]. Two vectors of `lanes` codes make a
+  // panel, so that a lane of a group stands for 2 * group codes, `lanes` apart.
   void (*score)(const void *tile, const void *panels, const float *bias, int64_t D, int64_t n_panels, int64_t group,
                 int64_t stride, float *maxima);
 

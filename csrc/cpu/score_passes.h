@@ -38,8 +38,7 @@ class FloatPasses {
   float load(const void *row, int64_t K, float *scores) const { return isa_.load_scores(dtype_, row, K, scores); }
   double exp(float *scores, int64_t n, float largest, double temperature, double *sums, const char *next) const {
     // At most 1e30: the largest score minus itself, times infinity, would be NaN.
-    return isa_.exp_scores(scores, n, largest, (float)std::min(1 / temperature, 1e30), sums, next,
-                           (int)size_);
+    return isa_.exp_scores(scores, n, largest, (float)std::min(1 / temperature, 1e30), sums, next, (int)size_);
   }
   double log1p(const float *weights, int64_t n, double ratio, const float *noise, const float *inverse, float *shares,
                double *curvature) const {
@@ -122,9 +121,7 @@ class DoublePasses {
   void grad(double *weights, int64_t n, double base, double slope, const double *shares) const {
     for (int64_t k = 0; k < n; ++k) weights[k] *= shares ? base + slope * shares[k] : base;
   }
-  void store(const double *scores, int64_t K, void *row, bool) const {
-    std::copy(scores, scores + K, (double *)row);
-  }
+  void store(const double *scores, int64_t K, void *row, bool) const { std::copy(scores, scores + K, (double *)row); }
   double guide(const void *row, int64_t K, double guidance, double *scores) const {
     constexpr double kNever = -std::numeric_limits<double>::infinity();
     double largest = kNever;
@@ -192,10 +189,12 @@ class DoublePasses {
 template <class Body>
 int with_passes(vqfast_dtype dtype, Body body) {
   switch (dtype) {
-    case VQFAST_F64: return body((DoublePasses *)nullptr);
+    case VQFAST_F64:
+      return body((DoublePasses *)nullptr);
     case VQFAST_F32:
     case VQFAST_BF16:
-    case VQFAST_F16: return body((FloatPasses *)nullptr);
+    case VQFAST_F16:
+      return body((FloatPasses *)nullptr);
   }
   return VQFAST_BAD_DTYPE;
 }

@@ -35,8 +35,7 @@ void stats(Launcher &launch, const Columns<T> &columns, int64_t N, const int64_t
          memory.order);
   launch(stats_sum<T>, stats_sum_plan(plan, columns.D + 1, launch.limits()), columns, indices, K, memory.starts,
          memory.order, memory.partial);
-  launch(stats_finish<T>, tokens_plan(K * (columns.D + 1), launch.limits()), columns, K, memory.starts,
-         memory.partial);
+  launch(stats_finish<T>, tokens_plan(K * (columns.D + 1), launch.limits()), columns, K, memory.starts, memory.partial);
 }
 
 }  // namespace
@@ -44,8 +43,7 @@ void stats(Launcher &launch, const Columns<T> &columns, int64_t N, const int64_t
 
 using namespace vqfast;
 
-extern "C" int vqfast_cuda_codebook_stats_scratch(vqfast_dtype dtype, int64_t N, int64_t D, int64_t K,
-                                                  int64_t *bytes) {
+extern "C" int vqfast_cuda_codebook_stats_scratch(vqfast_dtype dtype, int64_t N, int64_t D, int64_t K, int64_t *bytes) {
   const bool known = with_element(dtype, [&](auto *type) {
     typedef std::remove_pointer_t<decltype(type)> T;
     *bytes = StatsMemory<T>(stats_plan(N, K), N, D, K, nullptr).bytes;

@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kSumThreads, 4)
           sum += weights[i] * values[j];
           const int code = codes[i];
           if (i + 1 < length && codes[i + 1] == code) continue;
-          const bool earlier = starts[code] < begin, later = starts[code + 1] > begin + length;
+          const bool earlier = starts[code]<begin, later = starts[code + 1]> begin + length;
           if (earlier || later)
             partial[((int64_t)piece * 2 + (earlier ? 0 : 1)) * (columns.D + 1) + column] = sum;
           else

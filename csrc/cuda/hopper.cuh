@@ -1,5 +1,5 @@
-// Hopper's own instructions, one a function: barriers that count threads and bytes, copies in bulk, products of bfloat16
-// matrices by warpgroups. They need sm_90a. On the host tests/hostsim/hopper_shim.h stands in.
+// Hopper's own instructions, one a function: barriers that count threads and bytes, copies in bulk, products of
+// bfloat16 matrices by warpgroups. They need sm_90a. On the host tests/hostsim/hopper_shim.h stands in.
 #pragma once
 
 #include "device.cuh"
@@ -9,15 +9,15 @@ namespace vqfast {
 constexpr int kWarpgroup = 128;  // threads; its first warp's number is a multiple of 4
 constexpr int kProductCodes = 128, kProductFeatures = 16;
 
-// A matrix in shared memory: rows of 32, 64 or 128 bytes, eight of them an atom that starts at a multiple of its size. The
-// 16-byte chunks of an atom are permuted: bits of the address from 4 on change with those from 7 on, so that eight rows of
-// one chunk lie in all banks. `byte` counts from such a start.
+// A matrix in shared memory: rows of 32, 64 or 128 bytes, eight of them an atom that starts at a multiple of its size.
+// The 16-byte chunks of an atom are permuted: bits of the address from 4 on change with those from 7 on, so that eight
+// rows of one chunk lie in all banks. `byte` counts from such a start.
 __host__ __device__ constexpr int64_t swizzled(int64_t byte, int row_bytes) {
   return byte ^ ((byte >> 7 & (row_bytes / 16 - 1)) << 4);
 }
 
-// Names such a matrix: in units of 16 bytes where it starts (bits 0-13) and the step from atom to atom (32-45); in 62-63
-// its permutation. The step along a row (16-29) is not looked at. Sixteen features further is 2 more.
+// Names such a matrix: in units of 16 bytes where it starts (bits 0-13) and the step from atom to atom (32-45); in
+// 62-63 its permutation. The step along a row (16-29) is not looked at. Sixteen features further is 2 more.
 template <int row_bytes>
 __device__ __forceinline__ uint64_t describe(uint32_t shared_address) {
   static_assert(row_bytes == 32 || row_bytes == 64 || row_bytes == 128, "what products can read");
@@ -25,8 +25,8 @@ __device__ __forceinline__ uint64_t describe(uint32_t shared_address) {
   return permutation << 62 | (uint64_t)(8 * row_bytes / 16) << 32 | 1ull << 16 | shared_address / 16;
 }
 
-// In shared memory. Phases follow each other; one ends when as many threads have arrived as `initialise` said, and as many
-// bytes as they expect.
+// In shared memory. Phases follow each other; one ends when as many threads have arrived as `initialise` said, and as
+// many bytes as they expect.
 typedef uint64_t Barrier;
 
 #ifdef __CUDACC__
@@ -85,10 +85,10 @@ __device__ __forceinline__ void take_registers() {
 }
 
 // The 64 sums of a thread as operands.
-#define VQFAST_SUMS_8(i)                                                                                          \
+#define VQFAST_SUMS_8(i)                                                                                        \
   "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]), \
       "+f"(sums[i + 6]), "+f"(sums[i + 7])
-#define VQFAST_SUMS                                                                                                  \
+#define VQFAST_SUMS                                                                                               \
   VQFAST_SUMS_8(0), VQFAST_SUMS_8(8), VQFAST_SUMS_8(16), VQFAST_SUMS_8(24), VQFAST_SUMS_8(32), VQFAST_SUMS_8(40), \
       VQFAST_SUMS_8(48), VQFAST_SUMS_8(56)
 
@@ -101,8 +101,8 @@ __device__ __forceinline__ void begin_products(float (&sums)[64]) {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void end_product_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until at most so many groups, the last ones, are under way. Only then do `sums` hold what older ones made, and only then
-// is what they read free.
+// Until at most so many groups, the last ones, are under way. Only then do `sums` hold what older ones made, and only
+// then is what they read free.
 template <int groups>
 __device__ __forceinline__ void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(groups) : "memory");
@@ -113,9 +113,9 @@ __device__ __forceinline__ void wait_for_products(float (&sums)[64]) {
   hold(sums);
 }
 
-// Sums of the products of 64 rows a and 128 rows b, 16 features, by a warpgroup; added to `sums` if `onto`. Thread t has
-// rows t / 32 * 16 + t % 32 / 4 (sums 4 j, 4 j + 1) and eight further (4 j + 2, 4 j + 3), columns 8 j + 2 (t % 4) and the
-// next.
+// Sums of the products of 64 rows a and 128 rows b, 16 features, by a warpgroup; added to `sums` if `onto`. Thread t
+// has rows t / 32 * 16 + t % 32 / 4 (sums 4 j, 4 j + 1) and eight further (4 j + 2, 4 j + 3), columns 8 j + 2 (t % 4)
+// and the next.
 __device__ __forceinline__ void multiply_add(float (&sums)[64], uint64_t a, uint64_t b, bool onto) {
   asm volatile(
       "{\n"

@@ -43,7 +43,7 @@ constexpr int kTileRows = 128, kTileCodes = 128, kTileFeatures = 8;
 constexpr int kSearchBlocksPerMultiprocessor = 2;
 constexpr int kTensorRows = 128, kTensorCodes = 256;
 constexpr int kListed = 24, kKept = 8;  // of a row, while its scores come in and after
-constexpr int kCodePadding = 512;  // whole tiles of every kind of scores
+constexpr int kCodePadding = 512;       // whole tiles of every kind of scores
 constexpr int64_t kPackedBytes = (int64_t)128 << 20;
 
 // The codebook cut into `splits` parts, so that few rows fill the device too.
@@ -78,7 +78,8 @@ constexpr SearchPlan search_plan(int64_t N, int64_t D, int64_t K, DeviceLimits l
   SearchPlan plan = {};
   plan.row_tiles = ceil_div(N, kTileRows);
   plan.code_tiles = ceil_div(K, kTileCodes);
-  plan.parts = split_codes(plan.row_tiles, plan.code_tiles, (int64_t)kSearchBlocksPerMultiprocessor * limits.multiprocessors);
+  plan.parts =
+      split_codes(plan.row_tiles, plan.code_tiles, (int64_t)kSearchBlocksPerMultiprocessor * limits.multiprocessors);
   plan.padded_codes = ceil_div(K, kCodePadding) * kCodePadding;
   plan.padded_features = ceil_div(D, kTileFeatures) * kTileFeatures;
   plan.exact_blocks = at_most(4 * (int64_t)limits.multiprocessors, limits.grid_x);
@@ -86,14 +87,15 @@ constexpr SearchPlan search_plan(int64_t N, int64_t D, int64_t K, DeviceLimits l
 }
 
 constexpr LaunchPlan search_scores_plan(const SearchPlan &plan, DeviceLimits limits) {
-  return {(unsigned)at_least(1, at_most(plan.row_tiles, limits.grid_x)), (unsigned)plan.parts.splits, kSearchThreads, 0};
+  return {(unsigned)at_least(1, at_most(plan.row_tiles, limits.grid_x)), (unsigned)plan.parts.splits, kSearchThreads,
+          0};
 }
 
 // Scores by tensor cores: rows stay in shared memory, codes come through a ring.
 struct TensorPlan {
-  int stages;      // of the ring; 0: too many features
-  int pitch;       // features of a packed vector
-  int64_t chunk;   // rows packed at a time
+  int stages;     // of the ring; 0: too many features
+  int pitch;      // features of a packed vector
+  int64_t chunk;  // rows packed at a time
   int64_t shared_bytes;
   int64_t code_tiles;
   CodeSplits parts;
@@ -106,7 +108,8 @@ constexpr TensorPlan tensor_plan(int64_t N, int64_t D, int64_t K, DeviceLimits l
   // Two kilobytes stay for the kernel's other variables.
   const int64_t room = limits.shared_bytes - kTensorRows * kListed * 8 - 2048 - panels * kTensorRows * 128;
   plan.stages = room >= 3 * stage ? 3 : room >= 2 * stage ? 2 : 0;
-  plan.chunk = at_most(N, at_least(1, at_most(kPackedBytes / (plan.pitch * 2 * kTensorRows), limits.grid_x)) * kTensorRows);
+  plan.chunk =
+      at_most(N, at_least(1, at_most(kPackedBytes / (plan.pitch * 2 * kTensorRows), limits.grid_x)) * kTensorRows);
   plan.code_tiles = ceil_div(K, kTensorCodes);
   plan.parts = split_codes(ceil_div(plan.chunk, kTensorRows), plan.code_tiles, limits.multiprocessors);
   plan.shared_bytes = panels * kTensorRows * 128 + plan.stages * stage;
@@ -121,8 +124,8 @@ constexpr LaunchPlan tensor_scores_plan(const TensorPlan &plan, int64_t n) {
 constexpr int kHopperStages = 8, kStageBytes = 16 << 10, kHopperListed = 16;
 
 struct HopperPlan {
-  int groups;      // warpgroups that multiply, of 64 rows each; 0: too many features
-  int panel;       // log2 of the bytes that a vector has in a panel
+  int groups;  // warpgroups that multiply, of 64 rows each; 0: too many features
+  int panel;   // log2 of the bytes that a vector has in a panel
   int panels;
   int stages;      // of the ring
   bool with_bias;  // among the features, which then take one panel of less than 128 bytes
@@ -171,8 +174,7 @@ constexpr unsigned kMaxRowThreads = 512;
 
 // One block a row, about two vectors a thread. shared_bytes keeps the row between passes; 0 where it does not fit, and
 // the row is read again.
-constexpr LaunchPlan softmax_plan(int64_t rows, int64_t K, int vector, int64_t accumulator_bytes,
-                                  DeviceLimits limits) {
+constexpr LaunchPlan softmax_plan(int64_t rows, int64_t K, int vector, int64_t accumulator_bytes, DeviceLimits limits) {
   const int64_t vectors = ceil_div(K, vector);
   const int64_t threads = at_least(32, at_most(ceil_div(vectors, 64) * 32, kMaxRowThreads));
   const int64_t kept = ceil_div(vectors, threads) * threads * vector * accumulator_bytes;
@@ -184,11 +186,12 @@ constexpr LaunchPlan softmax_plan(int64_t rows, int64_t K, int vector, int64_t a
 // ---- a step through matrices ---------------------------------------------------------------------------------------
 
 constexpr unsigned kStepThreads = 128;
-constexpr int kStepBlocks = 2;  // a multiprocessor at the least: without it ptxas takes fewer registers than it needs
+constexpr int kStepBlocks = 2;   // a multiprocessor at the least: without it ptxas takes fewer registers than it needs
 constexpr int kStepColumns = 2;  // of a product, that a thread sums up at once
 constexpr int64_t kMostStepCodes = 1024;
 
-// Numbers from one code of a tile to the next: even, for 16-byte reads of a code's rows, and not a multiple of the banks.
+// Numbers from one code of a tile to the next: even, for 16-byte reads of a code's rows, and not a multiple of the
+// banks.
 constexpr int step_pitch(int tile_rows) { return tile_rows + 2; }
 
 struct StepPlan {

@@ -32,8 +32,8 @@ extern "C" int vqfast_cuda_lookup_backward(vqfast_dtype dtype, vqfast_rows grad_
     const bool vectors = vectors_of_16_bytes<T>(x, D) && vectors_of_16_bytes<T>(grad_quantized, D) &&
                          aligned(codebook) && aligned(grad_x);
     launch(vectors ? lookup_backward_rows<T> : lookup_backward_tiles<T>, lookup_plan(N, vectors, launch.limits()),
-           grad_quantized, static_cast<const accumulate_t<T> *>(grad_error), x, N, D,
-           static_cast<const T *>(codebook), K, indices, static_cast<T *>(grad_x));
+           grad_quantized, static_cast<const accumulate_t<T> *>(grad_error), x, N, D, static_cast<const T *>(codebook),
+           K, indices, static_cast<T *>(grad_x));
   });
   return known ? launch.code() : (int)VQFAST_BAD_DTYPE;
 }

@@ -162,8 +162,7 @@ __global__ void __launch_bounds__(kLookupThreads, 4)
         if (n >= N || d >= D) continue;
         T grad = {};
         if (code >= 0)
-          narrow(widen(grad_tile[row][lane]) +
-                     slopes[row] * (widen(x_tile[row][lane]) - widen(codebook[code * D + d])),
+          narrow(widen(grad_tile[row][lane]) + slopes[row] * (widen(x_tile[row][lane]) - widen(codebook[code * D + d])),
                  grad);
         grad_x[n * D + d] = grad;
       }

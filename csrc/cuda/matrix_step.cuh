@@ -154,13 +154,14 @@ __device__ __forceinline__ void multiply(const double *rows, const double *matri
 
 template <int R>
 __device__ __forceinline__ void multiply(const double *rows, const double *matrix, int K, double *out) {
-  multiply<R>(rows, matrix, K, [&](int k, const double(&sums)[R]) {
+  multiply<R>(rows, matrix, K, [&](int k, const double (&sums)[R]) {
 #pragma unroll
     for (int r = 0; r < R; ++r) out[k * StepTile<R>::kPitch + r] = sums[r];
   });
 }
 
-// Of a product of two numbers a code, neither less than 0: powers of two that keep it in range, however small its largest.
+// Of a product of two numbers a code, neither less than 0: powers of two that keep it in range, however small its
+// largest.
 struct ProductScale {
   double first, second;
   int exponent;  // the product was multiplied by 2^-exponent
@@ -195,7 +196,8 @@ __device__ __forceinline__ const double *likelihood_of(const StepArguments<T> &a
   return args.step.likelihood + row / args.L * args.step.stride_likelihood + code_of(args, args.x_t, row) * args.K;
 }
 
-// q(x_t | x_0) of a tile's rows for every x_0, where its operand belongs. Of rows that are not `wanted` nothing is read.
+// q(x_t | x_0) of a tile's rows for every x_0, where its operand belongs. Of rows that are not `wanted` nothing is
+// read.
 template <int R, typename T, typename Wanted>
 __device__ void evidence(const StepArguments<T> &args, const StepTile<R> &tile, Wanted wanted) {
   for (int r = threadIdx.x / 32; r < R; r += kStepThreads / 32) {
@@ -224,8 +226,8 @@ __device__ void for_each_tile(const StepArguments<T> &args, unsigned char *memor
 }
 
 // The first code whose cumulative weight exceeds the quantile of the total, in the order of the codes; the last code of
-// any weight where rounding leaves none; `otherwise` where the weights are no distribution. weight(k) >= 0. All lanes of
-// the warp call it and get the same.
+// any weight where rounding leaves none; `otherwise` where the weights are no distribution. weight(k) >= 0. All lanes
+// of the warp call it and get the same.
 template <typename Weight>
 __device__ int64_t warp_draw(int K, double quantile, int64_t otherwise, Weight weight) {
   const int lane = threadIdx.x % 32;
@@ -269,8 +271,12 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks) matrix_sample_tiles
         for (int k = lane; k < K; k += 32) tile.before[k * kPitch + r] = 0;
         continue;
       }
-      WarpScores<T> scores = {step.logits + row * K, args.unconditional ? args.unconditional + row * K : nullptr,
-                              args.guidance, args.factor, 0, K};
+      WarpScores<T> scores = {step.logits + row * K,
+                              args.unconditional ? args.unconditional + row * K : nullptr,
+                              args.guidance,
+                              args.factor,
+                              0,
+                              K};
       scores.find_largest();
       scores.predict(args.truncation, step.marginal, at_data, tile.before + r, kPitch);
     }
@@ -300,8 +306,8 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks) matrix_sample_tiles
   });
 }
 
-// KL of a token at a level above the data; model, a code's number kPitch after the one before, becomes dKL / dmodel. All
-// lanes of the warp call it and get the same.
+// KL of a token at a level above the data; model, a code's number kPitch after the one before, becomes dKL / dmodel.
+// All lanes of the warp call it and get the same.
 template <int kPitch>
 __device__ double diverge(const double *f, const double *truth, double *model, int K) {
   const int lane = threadIdx.x % 32;
@@ -392,8 +398,8 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks) matrix_loss_tiles(M
       }
       const int64_t x0 = code_of(step, args.x0, row);
       const double *f = likelihood_of(step, row);
-      double loss = at_data ? diverge_at_data<kPitch>(f, x0, model + r, K)
-                            : diverge<kPitch>(f, prior + x0 * K, model + r, K);
+      double loss =
+          at_data ? diverge_at_data<kPitch>(f, x0, model + r, K) : diverge<kPitch>(f, prior + x0 * K, model + r, K);
       if (args.aux_weight != 0) {
         const double margin = (double)widen(step.logits[row * K + x0]) - auxiliary[r].largest;
         loss -= args.aux_weight * (margin - log(auxiliary[r].total));
@@ -422,7 +428,7 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks) matrix_loss_tiles(M
       return;
     }
     multiply<R>(tile.after, step.step.transposed + tile.sample * step.step.stride_prior, K,
-                [&](int k, const double(&sums)[R]) {
+                [&](int k, const double (&sums)[R]) {
                   for (int r = 0; r < R; ++r)
                     if (r < tile.count) write(r, k, tile.before[k * kPitch + r] * sums[r]);
                 });

@@ -97,8 +97,8 @@ void by_tensor_cores(Launcher &launch, const SearchMemory &memory, vqfast_metric
       launch(memory.tensor.stages == 3 ? nearest_tensor_scores<3> : nearest_tensor_scores<2>,
              tensor_scores_plan(memory.tensor, n), memory.rows, n, memory.packed, memory.codes.bias, memory.reach,
              (int)memory.tensor.code_tiles, (int)memory.tensor.parts.tiles_per_split, memory.kept);
-    launch(nearest_choose<T>, items_plan(n, 8, 256, limits), metric, exact, x, first, n, D, codebook,
-           memory.splits, memory.kept, memory.reach, memory.state, memory.open, found, reranked);
+    launch(nearest_choose<T>, items_plan(n, 8, 256, limits), metric, exact, x, first, n, D, codebook, memory.splits,
+           memory.kept, memory.reach, memory.state, memory.open, found, reranked);
   }
 }
 

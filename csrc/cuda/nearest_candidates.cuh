@@ -1,6 +1,6 @@
-// What scores by tensor cores read and leave, whichever instructions multiply: vectors packed to bfloat16, and of every row
-// the few codes that can be its nearest one. Nothing of a row is scored twice: which of those codes it is, is decided in
-// float64 (nearest_choose.cuh).
+// What scores by tensor cores read and leave, whichever instructions multiply: vectors packed to bfloat16, and of every
+// row the few codes that can be its nearest one. Nothing of a row is scored twice: which of those codes it is, is
+// decided in float64 (nearest_choose.cuh).
 #pragma once
 
 #include "hopper.cuh"
@@ -13,10 +13,10 @@ namespace vqfast {
 // (hopper.cuh). Then as many vectors of a panel as one likes are one piece of memory, which is copied as it is.
 struct PackedVectors {
   bf16 *values;
-  int pitch;        // features, a multiple of 16
-  int panel;        // log2 of the bytes that a vector has in a panel; 0: vector by vector
-  int64_t count;    // vectors that there is room for
-  bool with_bias;   // the bias of a code is its three features after D, where rows have ones; else the sums get it
+  int pitch;       // features, a multiple of 16
+  int panel;       // log2 of the bytes that a vector has in a panel; 0: vector by vector
+  int64_t count;   // vectors that there is room for
+  bool with_bias;  // the bias of a code is its three features after D, where rows have ones; else the sums get it
 
   __device__ __forceinline__ bf16 &at(int64_t i, int d) const {
     if (panel == 0) return values[i * pitch + d];

@@ -7,7 +7,8 @@
 
 namespace vqfast {
 
-// A code's worth to a row by a warp, in float64, off by at most `slack`: what nearest_exact.h's `estimate` is on the CPU.
+// A code's worth to a row by a warp, in float64, off by at most `slack`: what nearest_exact.h's `estimate` is on the
+// CPU.
 struct Estimate {
   double worth, slack;
 };
@@ -42,8 +43,8 @@ __device__ __forceinline__ Estimate estimate(vqfast_metric metric, const T *x, i
   return {sum / norm, 3 * rounding * magnitude / norm};
 }
 
-// A warp a row: joins the parts of the codebook, and compares the codes that are left, if there are several. Rows of which
-// the scores say nothing, or that have too many of them, stay open for nearest_exact.
+// A warp a row: joins the parts of the codebook, and compares the codes that are left, if there are several. Rows of
+// which the scores say nothing, or that have too many of them, stay open for nearest_exact.
 template <typename T>
 __global__ void nearest_choose(vqfast_metric metric, int exact, Rows<T> x, int64_t first, int64_t n, int64_t D,
                                const T *codebook, int64_t splits, KeptCandidates kept, const float *reaches,

@@ -1,11 +1,11 @@
-// What the scores of a search compare: the codebook centred, scaled and transposed, and the powers of two that keep both
-// sides in float32's range. kernels/nearest/README.md has the method; lines that round are marked with the name of their
-// term in `score_error_bound` (nearest_scores.cuh).
+// What the scores of a search compare: the codebook centred, scaled and transposed, and the powers of two that keep
+// both sides in float32's range. kernels/nearest/README.md has the method; lines that round are marked with the name of
+// their term in `score_error_bound` (nearest_scores.cuh).
 //
 // For distances u = s (x - m) and v_k = s (c_k - m), with a common centre m and a power of two s: the nearest code has
 // the largest score s_k = u . v_k - 1/2 ||v_k||^2. For products v_k is the same but u = r x, for x . m is the same for
-// every code, and the score is u . v_k; for cosines c_k / ||c_k|| stands for c_k. Products and cosines need the scale r of
-// the rows, cosines the norms of the codes: a kernel each.
+// every code, and the score is u . v_k; for cosines c_k / ||c_k|| stands for c_k. Products and cosines need the scale r
+// of the rows, cosines the norms of the codes: a kernel each.
 #pragma once
 
 #include "device.cuh"
@@ -26,7 +26,8 @@ struct SearchState {
   int largest_code;         // the largest of all codes that are finite; for products
 };
 
-// A size is a float64's exponent, which for subnormals is all the same, made positive; 0 for zero and what is not finite.
+// A size is a float64's exponent, which for subnormals is all the same, made positive; 0 for zero and what is not
+// finite.
 constexpr int kSizeBias = 1024;
 
 __device__ __forceinline__ int size_of(double v) {
@@ -62,8 +63,8 @@ __device__ __forceinline__ typename ScaleOf<T>::type row_scale(vqfast_metric met
   return scale_of<T>(metric == VQFAST_L2 ? state.code_size : state.row_size);
 }
 
-// What codes are scaled by where they are compared in float64: no sum of products may overflow, far as the codes may lie
-// from the origin. Cosines have a scale for each code.
+// What codes are scaled by where they are compared in float64: no sum of products may overflow, far as the codes may
+// lie from the origin. Cosines have a scale for each code.
 __device__ __forceinline__ double comparison_scale(vqfast_metric metric, const SearchState &state) {
   return scale_of<double>(metric == VQFAST_DOT ? state.largest_code : state.code_size);
 }
@@ -102,9 +103,9 @@ __device__ __forceinline__ float centred(double v, float centre, double scale) {
 __device__ __forceinline__ float centred(bf16 v, float centre, float scale) { return (widen(v) - centre) * scale; }
 __device__ __forceinline__ float centred(f16 v, float centre, float scale) { return (widen(v) - centre) * scale; }
 
-// Mean of up to 256 codes at even distances, of unit length for cosines, and the size of their largest deviation from it.
-// The values only tighten the bound: any centre and any power of two give a right result. A block of 32 x 8 threads for
-// 32 features.
+// Mean of up to 256 codes at even distances, of unit length for cosines, and the size of their largest deviation from
+// it. The values only tighten the bound: any centre and any power of two give a right result. A block of 32 x 8 threads
+// for 32 features.
 template <typename T>
 __global__ void nearest_centre(vqfast_metric metric, const T *codebook, int64_t K, int64_t D, CentredCodes codes,
                                SearchState *state) {
@@ -157,8 +158,8 @@ __global__ void nearest_row_size(Rows<T> x, int64_t N, int64_t D, SearchState *s
   if (size > 0) atomicMax(&state->row_size, size);
 }
 
-// What the values of each code are multiplied by for unit length: 0 for a zero code and for one that is not finite. Off by
-// less than (D + 8) 2^-53. A warp a code.
+// What the values of each code are multiplied by for unit length: 0 for a zero code and for one that is not finite. Off
+// by less than (D + 8) 2^-53. A warp a code.
 template <typename T>
 __global__ void nearest_factors(const T *codebook, int64_t K, int64_t D, double *factors, SearchState *state) {
   const int lane = threadIdx.x % 32;

@@ -1,5 +1,5 @@
-// The rows that the scores leave open: every code that scores enough, in twice float64, in parts of the codebook; then the
-// winners of the parts.
+// The rows that the scores leave open: every code that scores enough, in twice float64, in parts of the codebook; then
+// the winners of the parts.
 #pragma once
 
 #include "exact_distance.h"
@@ -22,8 +22,8 @@ __device__ __forceinline__ bool nearer(const Nearest &a, const Nearest &b, doubl
 
 __device__ __forceinline__ double slack_of(vqfast_metric metric) { return metric == VQFAST_COSINE ? kEqualCosines : 0; }
 
-// What code c is worth to a row, in twice float64. Scales keep float64 values from overflow: of the row, and of the code
-// unless cosines are compared, which take one of their own.
+// What code c is worth to a row, in twice float64. Scales keep float64 values from overflow: of the row, and of the
+// code unless cosines are compared, which take one of their own.
 template <typename T>
 __device__ __forceinline__ Double2 exact_worth(vqfast_metric metric, const T *x, int64_t stride, const T *c, int64_t D,
                                                double scale_x, double scale_c) {
@@ -102,8 +102,7 @@ __global__ void __launch_bounds__(kSearchThreads, 1)
       // A score that is NaN is no reason to leave a code out.
       if (k >= K || (double)(dot + codes.bias[k]) < threshold) continue;
       if (codes.bias[k] == kNever) continue;
-      const Double2 worth =
-          exact_worth(metric, x.data + from, x.stride_feature, codebook + k * D, D, scale_x, scale_c);
+      const Double2 worth = exact_worth(metric, x.data + from, x.stride_feature, codebook + k * D, D, scale_x, scale_c);
       const Nearest candidate = {worth.high, worth.low, (int)k};
       if (is_finite(worth.high) && nearer(candidate, mine, slack)) mine = candidate;
     }

@@ -27,15 +27,15 @@ __device__ __forceinline__ HopperItem hopper_item(const HopperPlan &plan, int ro
   return {item % row_tiles, split, first * plan.tile_codes, tiles * plan.tile_codes};
 }
 
-// What a thread knows of its two rows, `row` and `row + 8` of the block: of them it has the columns 8 j + 2 (lane % 4) and
-// the next of each tile of kProductCodes. Four neighbouring lanes share their rows, and all that they know.
+// What a thread knows of its two rows, `row` and `row + 8` of the block: of them it has the columns 8 j + 2 (lane % 4)
+// and the next of each tile of kProductCodes. Four neighbouring lanes share their rows, and all that they know.
 struct HopperRows {
   int row;
   float best[2], least[2];
 };
 
-// The scores of a tile against two rows; only where the largest of eight reaches far enough, each is looked at. By whole
-// warps. bias: of this thread's first column; code: of that.
+// The scores of a tile against two rows; only where the largest of eight reaches far enough, each is looked at. By
+// whole warps. bias: of this thread's first column; code: of that.
 template <bool kAddBias, int kRoom>
 __device__ __forceinline__ void examine(const float (&sums)[64], const float *bias, int code, const float *reach,
                                         ListedCandidates<kRoom> *lists, HopperRows &rows) {
@@ -83,10 +83,10 @@ __device__ __forceinline__ void examine(const float (&sums)[64], const float *bi
   __syncwarp();
 }
 
-// One block a multiprocessor, which takes one item after the other. The last warpgroup's first thread has rows and codes
-// copied to shared memory: kRows rows, which stay for an item, and codes through a ring of stages of kStageBytes. Each of
-// the others multiplies 64 rows by kProductCodes codes at a time, in turn into two sets of sums: while one is added to, the
-// maxima of the other are taken. Rows beyond n are whatever the memory holds, and are not written.
+// One block a multiprocessor, which takes one item after the other. The last warpgroup's first thread has rows and
+// codes copied to shared memory: kRows rows, which stay for an item, and codes through a ring of stages of kStageBytes.
+// Each of the others multiplies 64 rows by kProductCodes codes at a time, in turn into two sets of sums: while one is
+// added to, the maxima of the other are taken. Rows beyond n are whatever the memory holds, and are not written.
 template <int kGroups, int kPanel>
 __global__ void __launch_bounds__((kGroups + 1) * kWarpgroup, 1)
     nearest_hopper_scores(HopperPlan plan, PackedVectors x, int64_t n, PackedVectors codes, const float *bias,
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__((kGroups + 1) * kWarpgroup, 1)
     for (int i = blockIdx.x; i < items; i += gridDim.x, item_parity ^= 1) {
       const HopperItem item = hopper_item(plan, row_tiles, i);
       const int tiles = item.codes / kProductCodes;
-      const auto look = [&](const float(&sums)[64], int tile) {
+      const auto look = [&](const float (&sums)[64], int tile) {
         const int code = item.first_code + tile * kProductCodes + lane % 4 * 2;
         examine<kAddBias>(sums, bias + code, code, reach, lists, rows);
       };
@@ -167,13 +167,14 @@ __global__ void __launch_bounds__((kGroups + 1) * kWarpgroup, 1)
         rows.least[r] = least_within(kNever, reach[rows.row + 8 * r]);
       }
 
-      // Issues a tile's products of a panel, and waits for all that were issued before: the stage of those is given back.
+      // Issues a tile's products of a panel, and waits for all that were issued before: the stage of those is given
+      // back.
       int held = -1;
       const auto give_back = [&] {
         if (held >= 0 && lane == 0) arrive(emptied[held]);
         held = -1;
       };
-      const auto multiply = [&](float(&sums)[64], int tile, int panel, bool onto) {
+      const auto multiply = [&](float (&sums)[64], int tile, int panel, bool onto) {
         const int part = tile % kTilesPerStage;
         if (part == 0) wait(filled[turn.stage], turn.parity);
         const uint64_t a = rows_at + panel * (kRows * kRowBytes / 16);
@@ -189,7 +190,7 @@ __global__ void __launch_bounds__((kGroups + 1) * kWarpgroup, 1)
           turn.next(plan.stages);
         }
       };
-      const auto multiply_rest = [&](float(&sums)[64], int tile) {
+      const auto multiply_rest = [&](float (&sums)[64], int tile) {
         if constexpr (kTilesPerStage == 1)
           for (int panel = 1; panel < plan.panels; ++panel) multiply(sums, tile, panel, true);
       };

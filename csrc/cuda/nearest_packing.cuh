@@ -80,9 +80,9 @@ __device__ inline double tensor_error_bound(vqfast_metric metric, int64_t D, con
   const double residual = __int_as_float(facts.residual);
   if (!(x * rounded + exact * exact < 1e37)) return INFINITY;
   const double half_square = metric == VQFAST_L2 ? 0.505 * exact * exact : 0;
-  const double sums = gamma * (x * rounded + half_square);   // [products], [bias], [sum]
-  const double inputs = rest * exact + x * residual;         // [inputs]
-  const double units = unit_error * (x + rest);              // [units]
+  const double sums = gamma * (x * rounded + half_square);  // [products], [bias], [sum]
+  const double inputs = rest * exact + x * residual;        // [inputs]
+  const double units = unit_error * (x + rest);             // [units]
   const double bound = (sums + inputs + units) * (1 + 1e-6) + 0x1p-118 * steps * (1 + x + exact);
   return bound < 1e37 ? bound : INFINITY;  // as a float its double is finite
 }

@@ -43,9 +43,10 @@ inline const MeasuredShapes &measured_shapes(int capability) {
   return known.try_emplace(capability, ("sm_" + std::to_string(capability)).c_str()).first->second;
 }
 
-// What is wanted where it can serve, else the next best. If nothing is wanted, the fastest that can serve of the measured
-// size next to this one. Where nothing was measured on this compute capability: tensor cores from the size on that could
-// fill their tiles, which is a guess; and no products of warpgroups, until a device has shown that they are right.
+// What is wanted where it can serve, else the next best. If nothing is wanted, the fastest that can serve of the
+// measured size next to this one. Where nothing was measured on this compute capability: tensor cores from the size on
+// that could fill their tiles, which is a guess; and no products of warpgroups, until a device has shown that they are
+// right.
 inline Scores choose_scores(Scores wanted, int64_t N, int64_t K, int64_t D, const TensorPlan &tensor,
                             const HopperPlan &hopper, bool hopper_built, const MeasuredShapes &shapes) {
   const auto serves = [&](Scores scores) {

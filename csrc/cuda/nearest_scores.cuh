@@ -86,8 +86,7 @@ __global__ void __launch_bounds__(kSearchThreads, kSearchBlocksPerMultiprocessor
     const auto put = [&](int buffer) {
       float *to = reinterpret_cast<float *>(x_tile[buffer]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        to[(load_feature + i * feature_step) * kPitch + load_row + i * row_step] = x_next[i];
+      for (int i = 0; i < 4; ++i) to[(load_feature + i * feature_step) * kPitch + load_row + i * row_step] = x_next[i];
       c_tile[buffer][code_feature][code_column] = c_next;
     };
 
@@ -183,8 +182,9 @@ __global__ void __launch_bounds__(kSearchThreads, kSearchBlocksPerMultiprocessor
 // X = ||x^||, C = max ||c^_k||, rounded up; u = 2^-24, gamma_n = n u / (1 - n u). Each product x^_d c^_kd carries the
 // roundings of its two factors [centring], at most D of the multiply-add chain [products] and that of [sum]: with one
 // more for taking X and C of rounded vectors, gamma_{D+4} sum |x^_d c^_kd| <= gamma_{D+4} X C. The other term of the
-// score, which distances have, carries [bias], [sum] and the float64 roundings of the norm: gamma_3 C^2 / 2. Codes of unit
-// length are rounded before they are centred: X unit_error [units]. What underflows adds at most 2^-149 an operation.
+// score, which distances have, carries [bias], [sum] and the float64 roundings of the norm: gamma_3 C^2 / 2. Codes of
+// unit length are rounded before they are centred: X unit_error [units]. What underflows adds at most 2^-149 an
+// operation.
 __device__ inline double score_error_bound(vqfast_metric metric, int64_t D, float squared_norm,
                                            const SearchState &state) {
   constexpr double u = 0x1p-24;

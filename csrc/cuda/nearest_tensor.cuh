@@ -6,9 +6,9 @@
 
 namespace vqfast {
 
-// A block's kTensorRows rows stay in shared memory; the codes come kTensorCodes at a time, 64 features a step, through a ring
-// of kStages. A warp has the scores of 64 rows and 64 codes in registers. Rows beyond n repeat the last one and are not
-// written.
+// A block's kTensorRows rows stay in shared memory; the codes come kTensorCodes at a time, 64 features a step, through
+// a ring of kStages. A warp has the scores of 64 rows and 64 codes in registers. Rows beyond n repeat the last one and
+// are not written.
 template <int kStages>
 __global__ void __launch_bounds__(kSearchThreads, 1)
     nearest_tensor_scores(PackedVectors x, int64_t n, PackedVectors codes, const float *bias, const float *reaches,
@@ -54,8 +54,7 @@ __global__ void __launch_bounds__(kSearchThreads, 1)
     const int panel = step % panels, tile = first_tile + step / panels;
     wait_for_copies<kStages - 2>();
     // A list that fills up is cleared of what has lost since: between two barriers, where nobody adds to it.
-    const bool crowded =
-        panel == 0 && thread < kTensorRows && relaxed_load(lists[thread].count) > kListed / 2;
+    const bool crowded = panel == 0 && thread < kTensorRows && relaxed_load(lists[thread].count) > kListed / 2;
     if (__syncthreads_or(crowded)) {
       if (crowded) lists[thread].drop_below(least_within(from_ordered(bests[thread]), reach[thread]));
       __syncthreads();
@@ -85,10 +84,11 @@ __global__ void __launch_bounds__(kSearchThreads, 1)
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         uint32_t b[4];
-        load_matrices(b, codes_from + chunk_offset(warp_code + c * 16 + lane / 16 * 8 + lane % 8, 2 * h + lane / 8 % 2));
+        load_matrices(b,
+                      codes_from + chunk_offset(warp_code + c * 16 + lane / 16 * 8 + lane % 8, 2 * h + lane / 8 % 2));
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          multiply_add(sums[r][2 * c], a[r], b[0], b[1]);          // rounds: [products], [sum]
+          multiply_add(sums[r][2 * c], a[r], b[0], b[1]);  // rounds: [products], [sum]
           multiply_add(sums[r][2 * c + 1], a[r], b[2], b[3]);
         }
       }
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kSearchThreads, 1)
         float largest[4], top = kNever;  // of four codes each
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          const float(&first)[4] = sums[r / 2][2 * c], (&second)[4] = sums[r / 2][2 * c + 1];
+          const float (&first)[4] = sums[r / 2][2 * c], (&second)[4] = sums[r / 2][2 * c + 1];
           largest[c] = fmaxf(fmaxf(first[half], first[half + 1]), fmaxf(second[half], second[half + 1]));
           top = fmaxf(top, largest[c]);
         }

@@ -13,10 +13,18 @@ struct alignas(16) Bytes16 {
 template <typename Body>
 bool with_bytes(int64_t bytes, Body body) {
   switch (bytes) {
-    case 2: body((uint16_t *)nullptr); return true;
-    case 4: body((uint32_t *)nullptr); return true;
-    case 8: body((uint64_t *)nullptr); return true;
-    case 16: body((Bytes16 *)nullptr); return true;
+    case 2:
+      body((uint16_t *)nullptr);
+      return true;
+    case 4:
+      body((uint32_t *)nullptr);
+      return true;
+    case 8:
+      body((uint64_t *)nullptr);
+      return true;
+    case 16:
+      body((Bytes16 *)nullptr);
+      return true;
   }
   return false;
 }
@@ -54,8 +62,9 @@ extern "C" int vqfast_cuda_pack(int64_t element_bytes, vqfast_rows values, int64
   widen_elements(element_bytes, values, D, packed);
   const bool known = with_bytes(element_bytes, [&](auto *type) {
     typedef std::remove_pointer_t<decltype(type)> T;
-    const PackArguments<T> args = {grid,          values,   D,        grains,     table,     lengths,
-                                   region != 0,   capacity, static_cast<T *>(packed), cu_seqlens, positions, grain_ids};
+    const PackArguments<T> args = {
+        grid,       values,    D,        grains, table, lengths, region != 0, capacity, static_cast<T *>(packed),
+        cu_seqlens, positions, grain_ids};
     if (B > 0) launch(pack_cells<T>, groups_plan(B * grid.cells(), 32, launch.limits()), args);
     if (capacity > 0) launch(pack_tail<T>, groups_plan(capacity, 1, launch.limits()), args);
   });
@@ -78,17 +87,16 @@ extern "C" int vqfast_cuda_unpack(int64_t element_bytes, vqfast_rows packed, int
   const bool known = with_bytes(element_bytes, [&](auto *type) {
     typedef std::remove_pointer_t<decltype(type)> T;
     const bool single = D < 8;
-    launch(single ? unpack_grid<T, 1> : unpack_grid<T, 32>, groups_plan(places, single ? 1 : 32, launch.limits()),
-           grid, packed, D, grains, slots, replicate != 0, static_cast<T *>(out));
+    launch(single ? unpack_grid<T, 1> : unpack_grid<T, 32>, groups_plan(places, single ? 1 : 32, launch.limits()), grid,
+           packed, D, grains, slots, replicate != 0, static_cast<T *>(out));
   });
   return known ? launch.code() : (int)VQFAST_BAD_DTYPE;
 }
 
 extern "C" int vqfast_cuda_unpack_backward(vqfast_dtype dtype, vqfast_rows grad, int64_t D, const int32_t *cu_seqlens,
                                            const int64_t *positions, const int64_t *grain_ids, int64_t T_tokens,
-                                           const int64_t *grains, int64_t B, int64_t Hc, int64_t Wc,
-                                           int64_t num_grains, void *grad_packed, void *scratch, int device,
-                                           void *stream) {
+                                           const int64_t *grains, int64_t B, int64_t Hc, int64_t Wc, int64_t num_grains,
+                                           void *grad_packed, void *scratch, int device, void *stream) {
   Launcher launch(device, stream);
   const GrainGrid grid = {B, Hc, Wc, (int)num_grains};
   const Tokens tokens = {grid, T_tokens, cu_seqlens, positions, grain_ids, grains};
@@ -124,8 +132,9 @@ extern "C" int vqfast_cuda_grain_entropy(vqfast_dtype dtype, const void *images,
                                          int64_t W, const int64_t *strides, int64_t P, int64_t bins, double sigma,
                                          double lowest, double highest, void *entropy, int device, void *stream) {
   Launcher launch(device, stream);
-  const EntropyArguments args = {C,          H / P,      W / P,      B * (H / P) * (W / P), P, strides[0], strides[1],
-                                 strides[2], strides[3], (int)bins, lowest, (highest - lowest) / (double)(bins - 1),
+  const EntropyArguments args = {C,          H / P,      W / P,      B * (H / P) * (W / P),
+                                 P,          strides[0], strides[1], strides[2],
+                                 strides[3], (int)bins,  lowest,     (highest - lowest) / (double)(bins - 1),
                                  sigma};
   const bool known = with_element(dtype, [&](auto *type) {
     typedef std::remove_pointer_t<decltype(type)> T;

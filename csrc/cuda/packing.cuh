@@ -98,8 +98,7 @@ __global__ void __launch_bounds__(kPackThreads, 2) pack_cells(PackArguments<T> a
         args.positions[token] = y * (grid.cells_x << g) + x;
         args.grain_ids[token] = g;
       }
-      const int64_t place =
-          b * grid.positions() + (y << grid.shift(g)) * grid.width() + (x << grid.shift(g));
+      const int64_t place = b * grid.positions() + (y << grid.shift(g)) * grid.width() + (x << grid.shift(g));
       const T *from = args.values.data + args.values.offset(place);
       for (int64_t d = group.lane; d < args.D; d += 32)
         args.packed[token * args.D + d] = from[d * args.values.stride_feature];
@@ -124,8 +123,8 @@ struct Tokens {
   const int64_t *positions, *grain_ids, *grains;
 };
 
-// The token's place, its code's top left on the fine grid of the batch, and log2 of the edge that it covers; false where
-// it does not count.
+// The token's place, its code's top left on the fine grid of the batch, and log2 of the edge that it covers; false
+// where it does not count.
 __device__ __forceinline__ bool place_of(const Tokens &tokens, int64_t t, int64_t &place, int &shift) {
   const GrainGrid &grid = tokens.grid;
   int64_t low = 0, high = grid.images;
@@ -146,7 +145,8 @@ __device__ __forceinline__ bool place_of(const Tokens &tokens, int64_t t, int64_
   return true;
 }
 
-// slots (B * Hf * Wf), zero before: the token at each place, plus one. The later counts, in whatever order threads come.
+// slots (B * Hf * Wf), zero before: the token at each place, plus one. The later counts, in whatever order threads
+// come.
 static __global__ void __launch_bounds__(kPackThreads, 2) unpack_slots(Tokens tokens, int64_t *slots) {
   const Group<1> group;
   for (int64_t t = group.index; t < tokens.T; t += group.count) {
@@ -272,8 +272,7 @@ __global__ void __launch_bounds__(kPackThreads, 2)
   const int64_t pixels = args.P * args.P;
   for (int64_t patch = blockIdx.x; patch < args.patches; patch += gridDim.x) {
     const int64_t b = patch / args.columns / args.rows, y = patch / args.columns % args.rows, x = patch % args.columns;
-    const T *first =
-        images + b * args.stride_batch + y * args.P * args.stride_y + x * args.P * args.stride_x;
+    const T *first = images + b * args.stride_batch + y * args.P * args.stride_y + x * args.P * args.stride_x;
     for (int bins = 0; bins < args.bins; bins += 32) {
       const double bin = args.lowest + (bins + lane) * args.spacing;
       double sum = 0;

@@ -30,8 +30,7 @@ extern "C" int vqfast_cuda_posterior(vqfast_dtype dtype, const void *logits, con
     typedef std::remove_pointer_t<decltype(type)> T;
     if (B * L == 0) return;
     const bool vectors = in_vectors<T>(levels, K) && aligned(logits) && aligned(log_p);
-    const LaunchPlan plan =
-        softmax_plan(B * L, K, vectors ? kVector<T> : 1, sizeof(accumulate_t<T>), launch.limits());
+    const LaunchPlan plan = softmax_plan(B * L, K, vectors ? kVector<T> : 1, sizeof(accumulate_t<T>), launch.limits());
     launch(vectors ? posterior_rows<T, kVector<T>> : posterior_rows<T, 1>, plan,
            arguments_of<T>(logits, x_t, t, s, levels, B, L, K, marginal, plan), static_cast<T *>(log_p));
   });
@@ -48,8 +47,7 @@ extern "C" int vqfast_cuda_posterior_backward(vqfast_dtype dtype, const void *gr
     typedef std::remove_pointer_t<decltype(type)> T;
     if (B * L == 0) return;
     const bool vectors = in_vectors<T>(levels, K) && aligned(grad) && aligned(logits) && aligned(grad_logits);
-    const LaunchPlan plan =
-        softmax_plan(B * L, K, vectors ? kVector<T> : 1, sizeof(accumulate_t<T>), launch.limits());
+    const LaunchPlan plan = softmax_plan(B * L, K, vectors ? kVector<T> : 1, sizeof(accumulate_t<T>), launch.limits());
     launch(vectors ? posterior_backward_rows<T, kVector<T>> : posterior_backward_rows<T, 1>, plan,
            arguments_of<T>(logits, x_t, t, s, levels, B, L, K, marginal, plan), static_cast<const T *>(grad),
            static_cast<T *>(grad_logits));

@@ -33,8 +33,8 @@ __device__ PosteriorToken posterior_token(const PosteriorArguments<T> &args, int
   const int64_t b = row / args.L, K = args.K, T_levels = args.chain.T + 1;
   const int64_t x_t = clamp_index(args.x_t[row], states(args.chain, K));
   PosteriorToken x;
-  x.step = step_of(args.chain, clamp_index(args.t[b], T_levels), clamp_index(args.s[b], T_levels), x_t, K,
-                   args.marginal);
+  x.step =
+      step_of(args.chain, clamp_index(args.t[b], T_levels), clamp_index(args.s[b], T_levels), x_t, K, args.marginal);
   x.x_t = x.step.masked ? kNoCode : (unsigned)x_t;
   // Of a certain token the logits are not read.
   x.logit_t = x.step.masked || x.step.certain ? -INFINITY : (double)widen(args.logits[row * K + x_t]) - x.step.shift;
@@ -87,8 +87,8 @@ __device__ PosteriorRow<R> posterior_row(const PosteriorToken &x, double largest
   row.predicted = (R)(log(step.signal) - log(t.total));
   row.noise = (R)log(x.noise);
   row.factor = (R)(log(step.move) - log_evidence + log_flip);
-  row.at_x_t = (R)(log(step.stay + step.move) - log_evidence + log_flip +
-                   log_add(log(step.signal) + t.log_p, log(x.noise_t)));
+  row.at_x_t =
+      (R)(log(step.stay + step.move) - log_evidence + log_flip + log_add(log(step.signal) + t.log_p, log(x.noise_t)));
   return row;
 }
 
@@ -149,9 +149,9 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) posterior_rows(PosteriorArg
 
 template <typename R>
 struct PosteriorGradient {
-  R unit, signal;  // of a weight, its probability and what it is predicted with in x_s
-  R noise;         // the token's `noise`
-  double total;    // NaN: no distribution
+  R unit, signal;         // of a weight, its probability and what it is predicted with in x_s
+  R noise;                // the token's `noise`
+  double total;           // NaN: no distribution
   double p, share, seen;  // of x_t: p, signal p / (signal p + noise), stay signal p / Z
 };
 
@@ -229,12 +229,10 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1)
       R g[V];
       load<T, V>(given + first, g);
 #pragma unroll
-      for (int j = 0; j < V; ++j)
-        g[j] = g[j] * share(values[j], first + j) - found.unit * values[j] * (R)pull;
+      for (int j = 0; j < V; ++j) g[j] = g[j] * share(values[j], first + j) - found.unit * values[j] * (R)pull;
       store<T, V>(out + first, g);
     });
-    if (is_code && threadIdx.x == scores.owner((int)x.x_t))
-      narrow((R)(moved_t - found.p * pull - seen), out[x.x_t]);
+    if (is_code && threadIdx.x == scores.owner((int)x.x_t)) narrow((R)(moved_t - found.p * pull - seen), out[x.x_t]);
   }
 }
 

@@ -11,8 +11,8 @@
 
 namespace vqfast {
 
-// Lets a kernel be launched with so much dynamic shared memory on the current device. The limit is the kernel's, not the
-// launch's: it is never lowered, for another thread may be about to launch with more.
+// Lets a kernel be launched with so much dynamic shared memory on the current device. The limit is the kernel's, not
+// the launch's: it is never lowered, for another thread may be about to launch with more.
 template <typename... Parameters>
 cudaError_t allow_shared_bytes(void (*kernel)(Parameters...), int device, int64_t bytes) {
   static std::mutex one_at_a_time;
@@ -106,10 +106,18 @@ class Scratch {
 template <typename Body>
 bool with_element(vqfast_dtype dtype, Body body) {
   switch (dtype) {
-    case VQFAST_F32: body((float *)nullptr); return true;
-    case VQFAST_F64: body((double *)nullptr); return true;
-    case VQFAST_BF16: body((bf16 *)nullptr); return true;
-    case VQFAST_F16: body((f16 *)nullptr); return true;
+    case VQFAST_F32:
+      body((float *)nullptr);
+      return true;
+    case VQFAST_F64:
+      body((double *)nullptr);
+      return true;
+    case VQFAST_BF16:
+      body((bf16 *)nullptr);
+      return true;
+    case VQFAST_F16:
+      body((f16 *)nullptr);
+      return true;
   }
   return false;
 }

@@ -11,8 +11,7 @@ extern "C" int vqfast_cuda_q_sample(const int64_t *x0, const int64_t *t, vqfast_
                                     int64_t K, const int64_t *key, int64_t *x_t, int device, void *stream) {
   Launcher launch(device, stream);
   const int64_t tokens = B * L;
-  if (tokens > 0)
-    launch(q_sample_tokens, tokens_plan(tokens, launch.limits()), x0, t, levels, tokens, L, K, key, x_t);
+  if (tokens > 0) launch(q_sample_tokens, tokens_plan(tokens, launch.limits()), x0, t, levels, tokens, L, K, key, x_t);
   return launch.code();
 }
 
@@ -32,9 +31,23 @@ extern "C" int vqfast_cuda_p_sample(vqfast_dtype dtype, const void *logits, cons
     // Neither 0 nor infinite: a product of the two is NaN, where a score equals the largest or is -inf.
     typedef std::numeric_limits<R> Range;
     const R inverse = (R)std::clamp(1 / temperature, (double)Range::min(), (double)Range::max());
-    const SampleArguments<T> args = {static_cast<const T *>(logits), static_cast<const T *>(unconditional), x_t, t, s,
-                                     levels, B * L, L, (int)K, known, marginal != 0, inverse, (R)guidance,
-                                     {top_k, top_p}, key, x_s, plan.shared_bytes > 0};
+    const SampleArguments<T> args = {static_cast<const T *>(logits),
+                                     static_cast<const T *>(unconditional),
+                                     x_t,
+                                     t,
+                                     s,
+                                     levels,
+                                     B * L,
+                                     L,
+                                     (int)K,
+                                     known,
+                                     marginal != 0,
+                                     inverse,
+                                     (R)guidance,
+                                     {top_k, top_p},
+                                     key,
+                                     x_s,
+                                     plan.shared_bytes > 0};
     launch(vectors ? p_sample_rows<T, kVector<T>> : p_sample_rows<T, 1>, plan, args);
   });
   return known_dtype ? launch.code() : (int)VQFAST_BAD_DTYPE;

@@ -6,11 +6,13 @@
 
 namespace vqfast {
 
-// A tile in shared memory: rows of 64 features, 128 bytes, in chunks of 16 bytes. The chunks of a row are permuted by its
-// number, so that neither a copy nor load_matrices has two threads at one bank.
+// A tile in shared memory: rows of 64 features, 128 bytes, in chunks of 16 bytes. The chunks of a row are permuted by
+// its number, so that neither a copy nor load_matrices has two threads at one bank.
 constexpr int kTileRowBytes = 128, kChunkFeatures = 8;
 
-__device__ __forceinline__ int chunk_offset(int row, int chunk) { return row * kTileRowBytes + (chunk ^ (row & 7)) * 16; }
+__device__ __forceinline__ int chunk_offset(int row, int chunk) {
+  return row * kTileRowBytes + (chunk ^ (row & 7)) * 16;
+}
 
 #ifdef __CUDACC__
 
@@ -27,7 +29,9 @@ __device__ __forceinline__ void wait_for_copies() {
 }
 
 // A value that other threads may be raising meanwhile.
-__device__ __forceinline__ int relaxed_load(const int &value) { return *reinterpret_cast<const volatile int *>(&value); }
+__device__ __forceinline__ int relaxed_load(const int &value) {
+  return *reinterpret_cast<const volatile int *>(&value);
+}
 
 // Four matrices of 8 x 8 bfloat16; lane 8 i + j names row j of matrix i. Lane l gets elements 2 (l % 4) and the next of
 // row l / 4 of each.
@@ -39,11 +43,12 @@ __device__ __forceinline__ void load_matrices(uint32_t (&parts)[4], const void *
                : "memory");
 }
 
-// sums += a b^T: 16 rows a against 8 rows b, 16 features. Lane l holds rows l / 4 (sums 0, 1) and l / 4 + 8 (2, 3), columns
-// 2 (l % 4) and the next.
+// sums += a b^T: 16 rows a against 8 rows b, 16 features. Lane l holds rows l / 4 (sums 0, 1) and l / 4 + 8 (2, 3),
+// columns 2 (l % 4) and the next.
 __device__ __forceinline__ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }

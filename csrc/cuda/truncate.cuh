@@ -1,5 +1,5 @@
-// top-k and top-p without a sort: the least score that is kept is found by bisection over the bits of a float, each step
-// one pass over the row and one sum over the threads that share it.
+// top-k and top-p without a sort: the least score that is kept is found by bisection over the bits of a float, each
+// step one pass over the row and one sum over the threads that share it.
 #pragma once
 
 #include "softmax_row.cuh"
@@ -74,7 +74,8 @@ class Truncate {
   __device__ LikelyCodes<R> operator()(const Truncation &keep) const {
     LikelyCodes<R> likely;
     if (keep.top_k > 0 && keep.top_k < K_) {
-      const R least = threshold([&](R v) { return count([=](R score, unsigned) { return score >= v; }) >= keep.top_k; });
+      const R least =
+          threshold([&](R v) { return count([=](R score, unsigned) { return score >= v; }) >= keep.top_k; });
       const int above = count([=](R score, unsigned) { return score > least; });
       likely.least = least;
       likely.last = last_of(likely, (double)(keep.top_k - above));
@@ -93,10 +94,12 @@ class Truncate {
  private:
   template <typename Holds>
   __device__ R threshold(Holds holds) const {
-    return value_of(largest_that(key_of((R)-INFINITY), key_of(largest_), [&](auto key) { return holds(value_of(key)); }));
+    return value_of(
+        largest_that(key_of((R)-INFINITY), key_of(largest_), [&](auto key) { return holds(value_of(key)); }));
   }
 
-  // The code of the nth of the scores equal to the threshold; none where there are no more than n, or they weigh nothing.
+  // The code of the nth of the scores equal to the threshold; none where there are no more than n, or they weigh
+  // nothing.
   __device__ unsigned last_of(const LikelyCodes<R> &likely, double n) const {
     const R least = likely.least;
     if (least == -INFINITY || count([=](R score, unsigned) { return score == least; }) <= n) return kNoCode;

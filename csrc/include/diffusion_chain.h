@@ -38,7 +38,8 @@ VQFAST_HD int64_t noise_code(const vqfast_levels &chain, uint64_t bits, int64_t 
 }
 
 // A clean token at the level of these shares, as its random bits say.
-VQFAST_HD int64_t noised(const vqfast_levels &chain, const Shares &at, int64_t code, const RandomBits &bits, int64_t K) {
+VQFAST_HD int64_t noised(const vqfast_levels &chain, const Shares &at, int64_t code, const RandomBits &bits,
+                         int64_t K) {
   const double part = uniform(bits.first);
   if (part < at.kept) return code;
   return at.masked > 0 && part >= at.kept + at.replaced ? K : noise_code(chain, bits.second, K);

@@ -75,7 +75,8 @@ VQFAST_HD Gradient gradient(const Step &c, const Prediction &x, bool stayed) {
   double sum = 1, of_x0 = 1, of_x_t = 0, share_t = 0, slope = 0;
   if (c.spread > 0) {
     const double evidence = evidence_of(c, x, stayed);
-    of_x0 = (c.move + (stayed ? c.stay : 0)) * (c.signal + x.noise_0) / evidence * share_of_signal(c, x.x0.p, x.noise_0);
+    of_x0 =
+        (c.move + (stayed ? c.stay : 0)) * (c.signal + x.noise_0) / evidence * share_of_signal(c, x.x0.p, x.noise_0);
     share_t = stayed || c.masked ? 0 : share_of_signal(c, x.p_t, x.noise_t);
     of_x_t = c.stay * x.noise_t / evidence * share_t;  // beyond what x_t has as any other code
     slope = c.move * c.signal / evidence;

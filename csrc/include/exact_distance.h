@@ -1,8 +1,8 @@
 // Distances, products and cosines in twice the precision of float64: the last word where float64 cannot separate two
 // codes.
 //
-// For float32, bfloat16 and float16 input a difference fits in two float64s exactly and its square is exact to 2^-104; a
-// product is exact. A sum is off by less than D 2^-104 of the sum of its terms' magnitudes. Must be compiled without
+// For float32, bfloat16 and float16 input a difference fits in two float64s exactly and its square is exact to 2^-104;
+// a product is exact. A sum is off by less than D 2^-104 of the sum of its terms' magnitudes. Must be compiled without
 // contraction of a * b + c.
 #pragma once
 
@@ -20,9 +20,7 @@ struct Double2 {
   double high, low;
 };
 
-VQFAST_HD inline bool operator<(Double2 a, Double2 b) {
-  return a.high < b.high || (a.high == b.high && a.low < b.low);
-}
+VQFAST_HD inline bool operator<(Double2 a, Double2 b) { return a.high < b.high || (a.high == b.high && a.low < b.low); }
 
 // a + b without error (Knuth).
 VQFAST_HD inline Double2 two_sum(double a, double b) {
@@ -95,8 +93,8 @@ VQFAST_HD inline Double2 divide(Double2 a, Double2 b) {
 }
 
 // The square of a cosine with the cosine's sign, but for the factor 1 / ||x||^2 that all codes share: p |p| / n of
-// p = x . c and n = ||c||^2. There is no square root, so equal cosines differ by the rounding of twice float64 only. 0 for
-// a zero code.
+// p = x . c and n = ||c||^2. There is no square root, so equal cosines differ by the rounding of twice float64 only. 0
+// for a zero code.
 VQFAST_HD inline Double2 signed_square_cosine(Double2 p, Double2 n) {
   if (n.high == 0) return {0, 0};
   const Double2 ratio = divide(multiply(p, p), n);

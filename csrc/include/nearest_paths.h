@@ -1,6 +1,6 @@
 // Which way of searching was fastest at which size, and the measured size next to a given one. nearest_paths.inc is the
-// table; `python -m bench.search_paths --write` makes the rows of a CPU, `python -m bench.search_scores --write` those of
-// a CUDA device.
+// table; `python -m bench.search_paths --write` makes the rows of a CPU, `python -m bench.search_scores --write` those
+// of a CUDA device.
 #pragma once
 
 #include <stdint.h>

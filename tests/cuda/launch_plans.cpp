@@ -6,9 +6,7 @@ using namespace vqfast;
 
 namespace {
 
-DeviceLimits limits(const int64_t *device) {
-  return {(int)device[0], (int)device[1], (int)device[2], (int)device[3]};
-}
+DeviceLimits limits(const int64_t *device) { return {(int)device[0], (int)device[1], (int)device[2], (int)device[3]}; }
 
 void write(const LaunchPlan &plan, int64_t *out) {
   out[0] = plan.grid_x;
@@ -32,19 +30,30 @@ void search(int64_t N, int64_t D, int64_t K, const int64_t *device, int64_t *out
 void tensor(int64_t N, int64_t D, int64_t K, const int64_t *device, int64_t *out) {
   const TensorPlan plan = tensor_plan(N, D, K, limits(device));
   write(tensor_scores_plan(plan, at_most(N, plan.chunk)), out);
-  const int64_t rest[] = {plan.stages, plan.pitch, plan.chunk, plan.code_tiles, plan.parts.splits, plan.parts.tiles_per_split};
+  const int64_t rest[] = {plan.stages,     plan.pitch,        plan.chunk,
+                          plan.code_tiles, plan.parts.splits, plan.parts.tiles_per_split};
   for (int i = 0; i < 6; ++i) out[4 + i] = rest[i];
 }
 
 void hopper(int64_t N, int64_t D, int64_t K, const int64_t *device, int64_t *out) {
   const HopperPlan plan = hopper_plan(N, D, K, limits(device));
   if (plan.groups > 0) write(hopper_scores_plan(plan, at_most(N, plan.chunk), limits(device)), out);
-  const int64_t rest[] = {plan.groups, plan.panel, plan.panels,     plan.stages,     plan.with_bias,    plan.chunk,
-                          plan.room,   plan.tile_codes, plan.code_tiles, plan.parts.splits, plan.parts.tiles_per_split};
+  const int64_t rest[] = {plan.groups,
+                          plan.panel,
+                          plan.panels,
+                          plan.stages,
+                          plan.with_bias,
+                          plan.chunk,
+                          plan.room,
+                          plan.tile_codes,
+                          plan.code_tiles,
+                          plan.parts.splits,
+                          plan.parts.tiles_per_split};
   for (int i = 0; i < 11; ++i) out[4 + i] = rest[i];
 }
 
-// A device of which nothing was measured but four sizes with 64 features, and those with more than fit its tensor cores.
+// A device of which nothing was measured but four sizes with 64 features, and those with more than fit its tensor
+// cores.
 constexpr PathsLine kLines[] = {
     {"sm_80", {"float32", "bfloat16"}, 0, 0, 0, {}},
     {nullptr, {}, 64, 64, 64, {2, 1}},
@@ -58,7 +67,8 @@ constexpr PathsLine kLines[] = {
 };
 
 // out[0]: 1, 2 or 3 for scores in float32, bfloat16 or by warpgroups; `wanted` is one of them, or 0.
-void scores(int64_t N, int64_t D, int64_t K, int64_t wanted, int64_t hopper_built, const int64_t *device, int64_t *out) {
+void scores(int64_t N, int64_t D, int64_t K, int64_t wanted, int64_t hopper_built, const int64_t *device,
+            int64_t *out) {
   const DeviceLimits own = limits(device);
   const MeasuredShapes shapes(("sm_" + std::to_string(own.capability)).c_str(), kLines);
   out[0] = (int64_t)choose_scores((Scores)wanted, N, K, D, tensor_plan(N, D, K, own), hopper_plan(N, D, K, own),

@@ -274,7 +274,8 @@ void *shared_memory(const char *file, int line, size_t bytes) {
     if (shared[i].line == line && shared[i].file == file) return shared[i].memory;
   shared_total += bytes;
   if (shared_total > shared_limit)
-    fail("%zu bytes of shared memory, dynamic and the kernel's own, where %zu were allowed", shared_total, shared_limit);
+    fail("%zu bytes of shared memory, dynamic and the kernel's own, where %zu were allowed", shared_total,
+         shared_limit);
   if (shared_count == 32) fail("too many shared variables");
   SharedVariable &variable = shared[shared_count++] = {file, line, nullptr};
   if (kRaces) return variable.memory = arena(bytes);

@@ -67,10 +67,11 @@ bool barrier_or(const char *file, int line, bool own);
 const uint64_t *exchange(uint64_t own);
 void warp_barrier();
 unsigned lane();
-// Until passed(about): the calling thread gives way meanwhile. If it never does, the block fails with what `describe` says.
+// Until passed(about): the calling thread gives way meanwhile. If it never does, the block fails with what `describe`
+// says.
 void wait_until(const std::function<bool()> &passed, const std::function<void(char *, size_t)> &describe);
-// What goes on beside the threads: called when a block begins, and after each turn of all threads that can move. `idle`:
-// none could. True if something happened.
+// What goes on beside the threads: called when a block begins, and after each turn of all threads that can move.
+// `idle`: none could. True if something happened.
 extern void (*block_begins)();
 extern bool (*background)(bool idle);
 

@@ -28,8 +28,12 @@ struct Call {
   vqfast_dtype dtype() const { return (vqfast_dtype)ints[0]; }
   // A view from six integers: batch, rows, three strides, offset of its first element in bytes.
   vqfast_rows rows(int first, int buffer) const {
-    return {static_cast<const char *>(buffers[buffer]) + ints[first + 5], ints[first], ints[first + 1],
-            ints[first + 2], ints[first + 3], ints[first + 4]};
+    return {static_cast<const char *>(buffers[buffer]) + ints[first + 5],
+            ints[first],
+            ints[first + 1],
+            ints[first + 2],
+            ints[first + 3],
+            ints[first + 4]};
   }
   template <typename T>
   T *at(int buffer) const {
@@ -186,8 +190,8 @@ const std::map<std::string, void (*)(const Call &)> kLaunchers = {
      [](const Call &c) {
        run(vqfast_cuda_matrix_sample(c.dtype(), c.buffers[0], c.buffers[1], c.at<int64_t>(2), c.at<int64_t>(3),
                                      c.step(1, 4), c.ints[3], c.ints[4], c.ints[5], c.at<int64_t>(7), (int)c.ints[6],
-                                     c.reals[0], c.reals[1], c.ints[7], c.reals[2], c.at<int64_t>(8),
-                                     c.at<int64_t>(9), kDevice, nullptr));
+                                     c.reals[0], c.reals[1], c.ints[7], c.reals[2], c.at<int64_t>(8), c.at<int64_t>(9),
+                                     kDevice, nullptr));
      }},
     {"pack",
      [](const Call &c) {
@@ -263,12 +267,11 @@ const std::map<std::string, void (*)(const Call &)> kLaunchers = {
     {"planted_divergence", [](const Call &c) { run(start(planted_divergence, c.at<int>(0))); }},
     {"planted_products",
      [](const Call &c) {
-       run(planted_products((int)c.ints[0], (int)c.ints[1], (int)c.ints[2], c.buffers[0], c.buffers[1], c.at<float>(2)));
+       run(planted_products((int)c.ints[0], (int)c.ints[1], (int)c.ints[2], c.buffers[0], c.buffers[1],
+                            c.at<float>(2)));
      }},
     {"wrong_device",
-     [](const Call &c) {
-       run(vqfast_cuda_scale_rows(c.dtype(), c.buffers[0], 1, 1, c.buffers[1], 0, 7, nullptr));
-     }},
+     [](const Call &c) { run(vqfast_cuda_scale_rows(c.dtype(), c.buffers[0], 1, 1, c.buffers[1], 0, 7, nullptr)); }},
 };
 
 FILE *in, *out;

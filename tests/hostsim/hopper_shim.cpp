@@ -40,12 +40,8 @@ std::map<const uint64_t *, Phases> barriers;
 
 // While it lives, ThreadSanitizer does not look: what the C library does for these books is no CUDA thread's doing.
 struct Unwatched {
-  Unwatched() {
-    WHEN_RACES(AnnotateIgnoreReadsBegin("", 0); AnnotateIgnoreWritesBegin("", 0);)
-  }
-  ~Unwatched() {
-    WHEN_RACES(AnnotateIgnoreWritesEnd("", 0); AnnotateIgnoreReadsEnd("", 0);)
-  }
+  Unwatched() { WHEN_RACES(AnnotateIgnoreReadsBegin("", 0); AnnotateIgnoreWritesBegin("", 0);) }
+  ~Unwatched() { WHEN_RACES(AnnotateIgnoreWritesEnd("", 0); AnnotateIgnoreReadsEnd("", 0);) }
 };
 
 struct Copy {
@@ -66,7 +62,7 @@ struct Group {
   bool made;
 };
 struct Thread {
-  std::deque<Group> groups;  // the last one is still open
+  std::deque<Group> groups;                    // the last one is still open
   std::map<float *, std::vector<float>> made;  // what sums become once they are waited for
   std::set<float *> fenced;
   size_t issued;
@@ -137,7 +133,8 @@ const unsigned char *operand(uint64_t descriptor, unsigned row, unsigned chunk) 
   constexpr uint64_t kUsed = 0xc000000000000000ull | 0x3fffull << 32 | 0x3fffull << 16 | 0x3fffull;
   if (descriptor & ~kUsed) fail("descriptor %016llx has bits set that must be 0", (unsigned long long)descriptor);
   const unsigned mode = (unsigned)(descriptor >> 62);
-  if (mode == 0) fail("descriptor %016llx: rows without a permutation are not modelled", (unsigned long long)descriptor);
+  if (mode == 0)
+    fail("descriptor %016llx: rows without a permutation are not modelled", (unsigned long long)descriptor);
   const uint32_t row_bytes = mode == 1 ? 128 : mode == 2 ? 64 : 32;
   const uint32_t start = (uint32_t)(descriptor & 0x3fff) * 16, step = (uint32_t)(descriptor >> 32 & 0x3fff) * 16;
   uint32_t at = start + row / 8 * step + row % 8 * row_bytes + chunk * 16;
@@ -157,13 +154,11 @@ void widen_row(uint64_t descriptor, unsigned row, float (&values)[16]) {
 
 // The reads of a warp, as its first lane's.
 void note_reads([[maybe_unused]] uint64_t a, [[maybe_unused]] uint64_t b) {
-  WHEN_RACES(
-      if (lane() != 0) return;
-      for (unsigned chunk = 0; chunk < 2; ++chunk) {
-        for (unsigned row = 0; row < 16; ++row)
-          __tsan_read_range((void *)operand(a, threadIdx.x / 32 % 4 * 16 + row, chunk), 16);
-        for (unsigned row = 0; row < 128; ++row) __tsan_read_range((void *)operand(b, row, chunk), 16);
-      })
+  WHEN_RACES(if (lane() != 0) return; for (unsigned chunk = 0; chunk < 2; ++chunk) {
+    for (unsigned row = 0; row < 16; ++row)
+      __tsan_read_range((void *)operand(a, threadIdx.x / 32 % 4 * 16 + row, chunk), 16);
+    for (unsigned row = 0; row < 128; ++row) __tsan_read_range((void *)operand(b, row, chunk), 16);
+  })
 }
 
 // Any order of the sum and any rounding of it that keeps the bound would do.

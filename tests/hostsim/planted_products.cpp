@@ -1,5 +1,5 @@
-// A small search by Hopper's instructions, without a search: 64 rows times tiles of 128 codes that come through a ring of
-// two stages. Right, or with one fault planted, for the tests of the simulator itself.
+// A small search by Hopper's instructions, without a search: 64 rows times tiles of 128 codes that come through a ring
+// of two stages. Right, or with one fault planted, for the tests of the simulator itself.
 #include "planted_products.h"
 
 #include "hopper.cuh"
@@ -29,7 +29,8 @@ void products(const unsigned char *rows, const unsigned char *codes, int tiles, 
   VQFAST_SHARED(Barrier, filled, [3]);
   VQFAST_SHARED(Barrier, emptied, [2]);
   const int thread = (int)threadIdx.x, lane = thread % 32;
-  unsigned char *const tile_rows = dynamic + (0 - shared_address(dynamic)) % 1024, *const ring = tile_rows + 64 * row_bytes;
+  unsigned char *const tile_rows = dynamic + (0 - shared_address(dynamic)) % 1024, *const ring =
+                                                                                       tile_rows + 64 * row_bytes;
   if (thread == 0) {
     for (int s = 0; s < 3; ++s) initialise(filled[s], 1);
     for (int s = 0; s < 2; ++s) initialise(emptied[s], 4);

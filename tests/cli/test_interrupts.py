@@ -1,6 +1,7 @@
 """Ctrl-C ends every command quietly, with exit code 130, from its first moment on."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -20,6 +21,8 @@ def started(tmp_path, *words):
     return subprocess.run(
         [sys.executable, "-m", "vqfast.cli", *words],
         env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=60,
+        # A shell has its background jobs ignore the signal, and they their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 

@@ -6,10 +6,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import vqfast
 from vqfast import ops
+from vqfast.diffusion.schedules import schedule
 from vqfast.kernels.diffusion_loss.reference import diffusion_loss as definition
 from vqfast.kernels.philox import philox
 from vqfast.kernels.posterior.reference import posterior
-from vqfast.ops import Uniform, diffusion_loss, p_sample, q_sample, registry
+from vqfast.ops import Absorbing, Uniform, diffusion_loss, p_sample, q_sample, registry
 
 BACKENDS = [b for b, reason in registry.status("cpu").items() if reason is None]
 ALPHA_BAR = torch.tensor([1.0, 0.9, 0.6, 0.3, 0.05, 0.0], dtype=torch.float64)
@@ -301,3 +302,14 @@ class TestErrors:
     def test_transition(self, K, table, error, words):
         with pytest.raises(error, match=words):
             Uniform(K, table)
+
+
+@pytest.mark.skipif(registry.status("cpu")["cpu"] is not None, reason="the CPU extension is not built")
+@pytest.mark.parametrize("transition", [Uniform(64, schedule("cosine", 10)), Absorbing(64, schedule("cosine", 10))])
+def test_a_loss_and_its_gradient_take_the_memory_of_one_gradient(transition):
+    logits = torch.randn(8, 128, 64, requires_grad=True)
+    x0, t = torch.zeros(8, 128, dtype=torch.int64), torch.arange(2, 10)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        torch.autograd.grad(diffusion_loss(logits, x0, x0, t, transition), logits)
+    large = [event.name for event in profile.events() if event.cpu_memory_usage > logits.nbytes / 2]
+    assert large.count("aten::empty") == 1 and "aten::zeros" not in large and "aten::clone" not in large

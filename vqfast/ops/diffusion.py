@@ -174,6 +174,7 @@ class _DiffusionLoss(Function):
         ctx.tokens = inputs[1].shape
         ctx.save_for_backward(output[1], *kept_for_transforms(inputs[0]))
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # else there would be zeros for the second output, as large as the logits
 
     @staticmethod
     @once_differentiable

@@ -95,6 +95,7 @@ class _Loss(Function):
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(output[1], *kept_for_transforms(inputs[0]))
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # else there would be zeros for the second output, as large as the logits
 
     @staticmethod
     @once_differentiable

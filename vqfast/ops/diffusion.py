@@ -179,6 +179,8 @@ class _DiffusionLoss(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _):
+        if grad_loss is None:
+            return (None,) * 12
         grad, *_ = ctx.saved_tensors
         # In place: a second backward through the same graph is refused by autograd, which sees that the saved tensor
         # has changed.

@@ -100,6 +100,8 @@ class _Loss(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss, _):
+        if grad_loss is None:
+            return (None,) * 10
         return scaled_rows(ctx.saved_tensors[0].clone(), grad_loss), *([None] * 9)
 
 

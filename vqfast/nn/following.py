@@ -132,6 +132,7 @@ class FollowingCodebook(nn.Module):
         """
         packed = sum_over_processes(packed, self.sync_codebook).view(*self.cluster_size.shape, -1)
         # Vectors that are not finite have index 0, so no other code can meet one: of that code this batch says nothing.
+        # (A sum that is not finite is NaN, and so not 0, when it is multiplied by 0: two launches fewer than isfinite.)
         first = packed[..., 0, : 1 + self.codebook_dim]
         first.masked_fill_(first.sum(-1, keepdim=True).mul_(0) != 0, 0)
         counts, sums = packed[..., 0].to(self.cluster_size), packed[..., 1 : 1 + self.codebook_dim].to(self.embed_avg)
